@@ -1,0 +1,60 @@
+"""From a configuration to a model, outside a run: for notebooks, counting and tests.
+
+>>> from src.build import build_model
+>>> build_model(["model=llama", "size=1B", "canon.positions=ABCD"], device="meta").count_parameters()
+1366460416
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from src.components.backbone import Backbone
+from src.config import instantiate, to_plain
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+# `${repository:}` in YAML: the folder that holds configs/ and src/.
+OmegaConf.register_new_resolver("repository", lambda: str(CONFIG_DIR.parent), replace=True)
+
+
+def compose_config(overrides: list[str] | None = None, config_name: str = "train") -> DictConfig:
+    """Composes ``configs/<config_name>.yaml`` with Hydra overrides, outside or inside a running Hydra job."""
+    if GlobalHydra.instance().is_initialized():
+        return compose(config_name=config_name, overrides=list(overrides or []))
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(config_name=config_name, overrides=list(overrides or []))
+
+
+def build_model(overrides: list[str] | None = None, device: str | torch.device = "cpu") -> Backbone:
+    """Builds the model that ``configs/train.yaml`` with these overrides describes.
+
+    There is no data here, so ``model.vocab_size`` is, unless given, the published one of the size
+    (10,000 for the small ones, 32,000 for 1B and 3B, 128,256 for 8B). A run takes it from its data.
+
+    Args:
+        overrides: such as ``["model=llama", "size=1B", "canon.positions=ABCD"]``.
+        device: ``meta`` allocates nothing, for counting.
+
+    Returns:
+        The initialised model, ``ids [B, T] -> logits [B, T, V]``.
+    """
+    config = compose_config(overrides)
+    model_config = to_plain(config.model)
+    if model_config["vocab_size"] is None:
+        model_config["vocab_size"] = config.size.vocab_size
+    return model_from_config(model_config, device)
+
+
+def model_from_config(model_config: dict[str, Any], device: str | torch.device = "cpu") -> Backbone:
+    """Builds a model from the plain ``model`` section of a resolved configuration."""
+    with torch.device(device):
+        return instantiate(model_config, "model")
+
+

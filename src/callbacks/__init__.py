@@ -1,0 +1,1 @@
+"""Lightning callbacks: throughput, progress, agreement between ranks."""

@@ -1,0 +1,37 @@
+"""All ranks must run the same configuration.
+
+Launchers that start ranks by re-running the command line can give each rank a configuration of its own (a random
+sweeper, a resolver that reads the clock), and training then averages gradients of different experiments without a word. Every
+rank compares hashes before the first step.
+"""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from src.config import ConfigError, config_hash
+
+# Where things are written, and how rank 0 was started, may differ; what is computed may not.
+_LOCAL = ("paths", "logger", "callbacks")
+
+
+class ConfigAgreement(Callback):
+    """Stops the run, on every rank, when the ranks' configurations differ."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gathers the hashes."""
+        if trainer.world_size == 1:
+            return
+        config = {key: value for key, value in getattr(pl_module, "config", {}).items() if key not in _LOCAL}
+        config["trainer"] = {k: v for k, v in config.get("trainer", {}).items() if k != "default_root_dir"}
+        own = config_hash(config)
+        hashes = trainer.strategy.all_gather(torch.tensor(int(own, 16), dtype=torch.int64))
+        everyone = [f"{int(h):012x}" for h in torch.as_tensor(hashes).flatten()]
+        print(f"rank {trainer.global_rank}: config {own}", flush=True)
+        if len(set(everyone)) > 1:
+            raise ConfigError(
+                f"the ranks run different configurations (hashes {', '.join(everyone)}); a sweep with a random sampler "
+                "under a launcher that re-runs the command line does this. Start one process group per job"
+            )

@@ -1,0 +1,59 @@
+"""Progress on a terminal as a bar, elsewhere (CI, batch jobs, files) as a line now and then."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+SHORT = {
+    "train/loss": "loss",
+    "train/token_accuracy": "acc",
+    "train/tokens_per_second": "tok/s",
+    "val/loss": "val_loss",
+    "val/accuracy": "val_acc",
+    "val/bits_per_byte": "val_bpb",
+}
+
+
+class Bar(RichProgressBar):
+    """Lightning's rich progress bar, with short names and without the version number."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The metrics beside the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {SHORT.get(name, name): value for name, value in metrics.items() if name in SHORT}
+
+
+class Lines(Callback):
+    """Prints ``parts`` lines in the course of a run."""
+
+    def __init__(self, parts: int = 20):
+        self.parts = parts
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prints when another part of the run is done and there are fresh metrics."""
+        step, total = trainer.global_step, trainer.max_steps
+        every = max(1, total // self.parts)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and (step % every == 0 or step == total):
+            self.print(step, total, trainer.progress_bar_metrics)
+
+    @rank_zero_only
+    def print(self, step: int, total: int, metrics: dict[str, Any]) -> None:
+        """One line of progress."""
+        shown = [
+            f"{SHORT[name]} {value:,.0f}" if name.endswith("per_second") else f"{SHORT[name]} {value:.3f}"
+            for name, value in metrics.items()
+            if name in SHORT
+        ]
+        print(f"step {step:>{len(str(total))}}/{total}  " + "  ".join(shown), flush=True)
+
+
+def Progress() -> Callback:  # noqa: N802  (selected by name in configs like a class)
+    """A bar on a terminal, lines elsewhere."""
+    return Bar(leave=True) if sys.stdout.isatty() else Lines()

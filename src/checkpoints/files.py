@@ -1,0 +1,109 @@
+"""Reading checkpoints: weights, optimizer state and plain containers, never pickled objects."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.build import model_from_config
+from src.components.backbone import Backbone
+from src.config import ConfigError
+from src.modules.language_model import CHECKPOINT_FORMAT
+
+PREFIX = "net."
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used; the message says which file and why."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Opens a checkpoint that a run wrote.
+
+    Args:
+        path: the file, or the folder of a run (then its ``checkpoints/final.ckpt``, else ``checkpoints/last.ckpt``).
+
+    Returns:
+        ``state_dict``, ``config`` (the run's resolved configuration), ``global_step``, optimizer and loop states.
+
+    Raises:
+        CheckpointError: for files that do not exist, are damaged, hold pickled objects, or were not written by this project.
+    """
+    path = find_checkpoint(Path(path))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"checkpoint {path} cannot be opened as plain data: {reason}") from error
+    if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it has no 'config' and 'state_dict'")
+    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {checkpoint.get('format')!r}; this version reads {CHECKPOINT_FORMAT}"
+        )
+    return checkpoint
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint file that a path means."""
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in ("checkpoints/final.ckpt", "checkpoints/last.ckpt", "final.ckpt", "last.ckpt"):
+            if (path / name).is_file():
+                return path / name
+        found = sorted(str(file.relative_to(path)) for file in path.rglob("*.ckpt"))[:5]
+        hint = f"it holds {', '.join(found)}" if found else "it holds no .ckpt file"
+        raise CheckpointError(f"ckpt_path={path}: a folder without final.ckpt or last.ckpt; {hint}")
+    parent = next((p for p in path.parents if p.is_dir()), Path())
+    nearby = sorted(p.name for p in parent.iterdir())[:10]
+    raise CheckpointError(f"ckpt_path={path}: no such file. {parent} holds: {', '.join(nearby) or 'nothing'}")
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
+    """Opens the model in a checkpoint, in evaluation mode: no Trainer, no command line.
+
+    Args:
+        path: a checkpoint, or the folder of a run.
+        device: where to put it.
+
+    Returns:
+        The model, ``ids [B, T] int64 -> logits [B, T, V]``.
+    """
+    return model_from_checkpoint(read_checkpoint(path)).to(device).eval()
+
+
+def model_from_checkpoint(checkpoint: dict[str, Any]) -> Backbone:
+    """Builds the model that a checkpoint's configuration describes, and fills in its weights."""
+    # Built on the meta device: initial weights that are about to be replaced need not be drawn.
+    net = model_from_config(checkpoint["config"]["model"], device="meta")
+    weights = {name.removeprefix(PREFIX): w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
+    net.load_state_dict(weights, assign=True)
+    if net.tie_embeddings:
+        net.head.weight = net.embedding.weight
+    return net
+
+
+def check_same_model(checkpoint: dict[str, Any], model_config: dict[str, Any], path: str | Path) -> None:
+    """Raises a CheckpointError naming every setting in which a checkpoint's model differs from this run's."""
+    ours, theirs = _flatten(model_config), _flatten(checkpoint["config"]["model"])
+    irrelevant = {"seed", "canon.backend", "canon.init"}
+    differing = [
+        f"model.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} here"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and key not in irrelevant and not key.startswith("initialization.")
+    ]
+    if differing:
+        raise CheckpointError(f"ckpt_path={path} holds another model than this run builds: " + "; ".join(differing))
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

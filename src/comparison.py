@@ -1,0 +1,79 @@
+"""Several variants of one run, on the same data and seed: one table, one figure.
+
+    compare:
+      without Canon: [canon.positions='']
+      Canon-ABCD: [canon.positions=ABCD]
+
+Each variant is the command line's configuration plus its own overrides. Because every parameter has its own random stream
+(``src/components/initialization.py``), variants start from the same weights wherever they share a parameter.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from src.build import compose_config
+from src.config import ConfigError, instantiate
+from src.reporting.comparison import Variant, draw, print_table
+from src.run import checked, run
+
+log = logging.getLogger(__name__)
+
+
+def compare(config: DictConfig) -> dict[str, dict[str, float]]:
+    """Runs every variant, then prints a table of test metrics and draws the curves.
+
+    Returns:
+        Test metrics by variant.
+    """
+    output_dir = Path(config.paths.output_dir)
+    configs = variants(config, output_dir)
+    for variant in configs.values():
+        checked(variant)  # a mistake in the last variant is found before the first is trained
+    results = {}
+    for number, (name, variant) in enumerate(configs.items(), start=1):
+        log.info(f"[{number}/{len(configs)}] {name}")
+        results[name] = run(variant)
+    summarise(config, output_dir, {name: Path(variant.paths.output_dir) for name, variant in configs.items()}, results)
+    return results
+
+
+def variants(config: DictConfig, output_dir: Path) -> dict[str, DictConfig]:
+    """The configuration of every variant, by name."""
+    if not OmegaConf.is_dict(config.compare) or not config.compare:
+        raise ConfigError("compare: a mapping from names to lists of overrides, such as {none: ['canon.positions=']}")
+    if config.ckpt_path is not None:
+        raise ConfigError("ckpt_path: a comparison starts each variant afresh; resume one with compare=null and its overrides")
+    base = list(HydraConfig.get().overrides.task)
+    result = {}
+    for name, overrides in config.compare.items():
+        own = [*overrides, f"paths.output_dir='{output_dir / slug(str(name))}'", "compare=null"]
+        result[str(name)] = compose_config([*base, *own])
+    return result
+
+
+def slug(name: str) -> str:
+    """A name as a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "variant"
+
+
+@rank_zero_only
+def summarise(
+    config: DictConfig, output_dir: Path, folders: dict[str, Path], results: dict[str, dict[str, float]]
+) -> None:
+    """Prints the table, draws the figure and says where it is."""
+    chance: dict[str, float] = {}
+    task: Any = getattr(instantiate(config.data, "data"), "task", None)
+    if task is not None:
+        chance = {f"test/accuracy/{group}": task.chance(group) for group in task.groups}
+    found = [Variant(name, folders[name], metrics) for name, metrics in results.items()]
+    print_table(found, chance)
+    figure = draw(found, output_dir / "comparison.png", title=config.name)
+    print(f"figure: {figure}")

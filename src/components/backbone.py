@@ -1,0 +1,152 @@
+"""A language model: embedding, ``depth`` blocks, final norm, head.
+
+    h = E[ids];   h = block_i(h), i = 0..depth-1;   logits = W norm(h)
+
+The mixer of each block comes from a short pattern string tiled over the depth: ``pattern: T`` is a transformer,
+``GGGT`` three G blocks to one T. Letters are the keys of ``mixers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from src.components.block import Block
+from src.components.canon import CanonConfig
+from src.components.feedforward import FeedForward
+from src.components.initialization import Initialization, Initializer
+from src.components.mixers.base import Mixer, State
+from src.components.norm import RMSNorm
+
+
+class Backbone(nn.Module):
+    """Maps token ids ``[B, T]`` to logits ``[B, T, vocab_size]``.
+
+    Args:
+        vocab_size: rows V of the embedding and of the head.
+        dim: model width.
+        depth: number of blocks.
+        pattern: letters naming the mixer of each block, tiled over the depth.
+        mixers: for each letter, what builds its mixer when called with ``dim``, ``canon`` and ``layer``.
+        feedforward: what builds a block's feed-forward when called likewise, or None for blocks without one.
+        canon: where Canon layers go, and of which kind.
+        norm_eps: epsilon of the RMSNorms.
+        tie_embeddings: the head uses the embedding's weights.
+        initialization: how matrices and embeddings start.
+        seed: of the initial weights; each parameter has its own stream, see ``initialization.py``.
+
+    Raises:
+        ValueError: for sizes below 1, an empty pattern, or a letter of the pattern that names no mixer.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        depth: int,
+        mixers: Mapping[str, Callable[..., Mixer]],
+        feedforward: Callable[..., FeedForward] | None = FeedForward,
+        pattern: str = "T",
+        canon: CanonConfig | None = None,
+        norm_eps: float = 1e-5,
+        tie_embeddings: bool = False,
+        initialization: Initialization | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        for name, value in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"model.{name}={value}: at least 1")
+        if not pattern or any(letter not in mixers for letter in pattern):
+            raise ValueError(f"model.pattern={pattern!r}: one or more of the letters {', '.join(sorted(mixers))}")
+        self.vocab_size, self.dim, self.depth, self.pattern = vocab_size, dim, depth, pattern
+        self.tie_embeddings, self.seed = tie_embeddings, seed
+        self.canon, self.initialization = canon or CanonConfig(), initialization or Initialization()
+
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList()
+        for layer in range(depth):
+            parts: dict[str, Any] = {"dim": dim, "canon": self.canon, "layer": layer}
+            mixer = mixers[pattern[layer % len(pattern)]](**parts)
+            self.blocks.append(
+                Block(dim, mixer, None if feedforward is None else feedforward(**parts), self.canon, norm_eps)
+            )
+        self.norm = RMSNorm(dim, norm_eps)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """(Re)initialises every parameter; does nothing to those on the meta device."""
+        init = Initializer(self, self.seed, self.initialization, self.dim, self.depth)
+        init.matrix(self.embedding.weight, self.dim)
+        if not self.tie_embeddings:
+            init.matrix(self.head.weight, self.dim)
+        for module in self.modules():
+            if module is not self and hasattr(module, "init_weights"):
+                module.init_weights(init)  # type: ignore[operator]
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        segments: Tensor | None = None,
+        state: list[State] | None = None,
+        select: Tensor | None = None,
+    ) -> Any:
+        """Predicts the token after each position.
+
+        Args:
+            ids: ``[B, T]`` int64.
+            segments: ``[B, T]`` document numbers; nothing passes from one document to another.
+            state: ``initial_state()`` to begin decoding, or what the previous call returned.
+            select: ``[B, T]`` bool; logits only at these N positions, ``[N, V]`` (a head over 10,000 words is most of
+                a small model's work, and synthetic tasks score a few tokens of a window).
+
+        Returns:
+            Logits ``[B, T, V]`` (or ``[N, V]``), and the new state if one was given.
+        """
+        h = self.embedding(ids)
+        new_state: list[State] | None = None if state is None else []
+        for layer, block in enumerate(self.blocks):
+            h, block_state = block(h, segments, None if state is None else state[layer])
+            if new_state is not None:
+                new_state.append(block_state)
+        if select is not None:
+            h = h[select]
+        logits = self.head(self.norm(h))
+        return logits if new_state is None else (logits, new_state)
+
+    def initial_state(self) -> list[State]:
+        """The state before the first token, one entry a block."""
+        return [{} for _ in self.blocks]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles every block in place (parameter names stay as they are)."""
+        for block in self.blocks:
+            block.compile(**options)
+
+    def count_parameters(self) -> int:
+        """Number of parameters, by formula (tested equal to the sum over ``parameters()``)."""
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return embeddings + self.dim + sum(block.count_parameters() for block in self._blocks())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward floating-point operations per token in matrices, mixers and Canon layers; training costs about three times that.
+
+        A multiply-add counts as two, and attention over all ``seq_len`` keys (PaLM, appendix B).
+        """
+        return 2 * self.vocab_size * self.dim + sum(block.flops_per_token(seq_len) for block in self._blocks())
+
+    def state_size(self, seq_len: int) -> int:
+        """Numbers carried per sequence after ``seq_len`` tokens."""
+        return sum(block.state_size(seq_len) for block in self._blocks())
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+

@@ -1,0 +1,76 @@
+"""Where Canon layers go, and of which kind: the one place that knows the letters.
+
+    x + mixer(A(norm(x)))        A  after the mixer's norm, before all its projections      width d
+                                 B  on the projected q, k, v together, inside the mixer      mixer's own
+                                 b  the architecture's own short convolution, where it has one
+    x + feedforward(C(norm(x)))  C  after the feed-forward's norm                           width d
+                                 D  on gate and up projections, before the activation       width 2 I (I if ungated)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from src.components.canon.layer import Canon
+
+POINTS = {
+    "A": "after the mixer's norm",
+    "B": "on the mixer's projections",
+    "b": "the mixer's own short convolution",
+    "C": "after the feed-forward's norm",
+    "D": "on the feed-forward's pre-activation",
+}
+
+
+@dataclass(frozen=True)
+class CanonConfig:
+    """One description of all Canon layers of a model.
+
+    Args:
+        positions: letters out of ``A b B C D`` in any order, ``""`` for none; duplicates are ignored.
+        kernel_size: taps, the current token's included.
+        residual: add the input to the convolution's output. The ``b`` convolutions have their own rule.
+        activation: None, or ``silu`` on the convolution's output (before the residual).
+        bias: a zero-initialised bias on the convolution's output.
+        init: ``uniform`` U(-1/sqrt(k), 1/sqrt(k)) (the paper's), ``normal`` N(0, 0.02^2), or ``zeros`` (starts as the
+            identity when residual).
+        trainable: False freezes the weights at their initial values (the paper's "cst-Canon").
+        backend: kernel of the convolution; ``auto`` takes the fastest that can run.
+    """
+
+    positions: str = ""
+    kernel_size: int = 4
+    residual: bool = True
+    activation: Literal["silu"] | None = None
+    bias: bool = False
+    init: Literal["uniform", "normal", "zeros"] = "uniform"
+    trainable: bool = True
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        letters = self.positions or ""
+        unknown = sorted(set(letters) - set(POINTS))
+        if unknown:
+            known = "; ".join(f"{letter} {where}" for letter, where in POINTS.items())
+            raise ValueError(f"canon.positions={letters!r}: no such point {', '.join(unknown)}. Points: {known}")
+        # A canonical order without duplicates, so that "AbbCD" and "DCbA" name one and the same model.
+        object.__setattr__(self, "positions", "".join(letter for letter in POINTS if letter in letters))
+        Canon.check(self.kernel_size, self.activation, self.init)
+
+    def at(self, point: str, width: int) -> Canon | None:
+        """The Canon layer of an insertion point, or None where this configuration has none."""
+        if point not in POINTS:
+            raise ValueError(f"no Canon point {point!r}; points are {', '.join(POINTS)}")
+        if point not in self.positions:
+            return None
+        return Canon(
+            width,
+            kernel_size=self.kernel_size,
+            residual=self.residual,
+            activation=self.activation,
+            bias=self.bias,
+            init=self.init,
+            trainable=self.trainable,
+            backend=self.backend,
+        )

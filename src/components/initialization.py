@@ -1,0 +1,130 @@
+"""Weight initialisation: one random stream per parameter, keyed by (seed, parameter name).
+
+A parameter's values depend on nothing but the seed and its own name and shape. Two models that differ in one
+component (say, with and without Canon layers) therefore start from *identical* values wherever they share a parameter,
+and building on the meta device first gives the same weights as building directly.
+
+Two schemes, after the two trees of the official release:
+
+``fan_in``   truncated normal, std = width^-1/2, cut at three standard deviations (training tree)
+``normal``   N(0, 0.02^2) for every matrix and embedding (Hugging Face tree)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Scheme = Literal["fan_in", "normal"]
+DepthScaling = Literal["disabled", "current_depth", "global_depth", "dim_ratio"]
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How matrices and embeddings start. Canon layers and other special parameters look after themselves.
+
+    Args:
+        scheme: ``fan_in`` or ``normal`` (see the head of this file).
+        std: overrides the scheme's standard deviation. ``normal`` takes 0.02 when it is None.
+        depth_scaling: divides the std of the two matrices that write into the residual stream by
+            sqrt(2 (layer + 1)) ``current_depth``, sqrt(2 (depth + 1)) ``global_depth`` or dim / 4096 ``dim_ratio``.
+    """
+
+    scheme: Scheme = "fan_in"
+    std: float | None = None
+    depth_scaling: DepthScaling = "disabled"
+
+    def __post_init__(self) -> None:
+        if self.scheme not in ("fan_in", "normal"):
+            raise ValueError(f"initialization.scheme={self.scheme!r}: choose 'fan_in' or 'normal'")
+        if self.depth_scaling not in ("disabled", "current_depth", "global_depth", "dim_ratio"):
+            raise ValueError(
+                f"initialization.depth_scaling={self.depth_scaling!r}: choose 'disabled', 'current_depth', "
+                "'global_depth' or 'dim_ratio'"
+            )
+        if self.std is not None and self.std <= 0:
+            raise ValueError(f"initialization.std={self.std}: must be positive")
+
+
+class Initializer:
+    """Fills the parameters of one model. Handed to every module's ``init_weights``.
+
+    Args:
+        module: the model; its parameter names key the random streams.
+        seed: one number for the whole model.
+        config: the scheme.
+        dim: model width, for ``dim_ratio``.
+        depth: number of blocks, for ``global_depth``.
+    """
+
+    def __init__(self, module: nn.Module, seed: int, config: Initialization | None = None, dim: int = 1, depth: int = 1):
+        self.config, self.seed, self.dim, self.depth = config or Initialization(), seed, dim, depth
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+
+    def generator(self, parameter: Tensor) -> torch.Generator:
+        """The random stream that belongs to this parameter."""
+        digest = hashlib.sha256(f"{self.seed}/{self._names[id(parameter)]}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def matrix(
+        self, weight: Tensor, width: int, *, residual_layer: int | None = None, cut_before_scaling: bool = False
+    ) -> None:
+        """Initialises a weight matrix or an embedding table in place.
+
+        Args:
+            weight: the parameter.
+            width: ``fan_in`` uses std = width^-1/2.
+            residual_layer: index of the block when this matrix writes into the residual stream, else None.
+            cut_before_scaling: truncate at three *unscaled* standard deviations (the release does so for the
+                attention's output matrix, and scales the cut of the feed-forward's).
+        """
+        if self.config.scheme == "normal":
+            base = 0.02 if self.config.std is None else self.config.std
+            std, cut = base / self._depth_divisor(residual_layer), math.inf
+        else:
+            base = width**-0.5 if self.config.std is None else self.config.std
+            std = base / self._depth_divisor(residual_layer)
+            cut = 3 * (base if cut_before_scaling else std)
+        self._fill(weight, lambda w, g: truncated_normal_(w, std, cut, g))
+
+    def uniform(self, weight: Tensor, bound: float) -> None:
+        """Fills the parameter from U(-bound, bound), in place."""
+        self._fill(weight, lambda w, g: w.uniform_(-bound, bound, generator=g))
+
+    def normal(self, weight: Tensor, std: float) -> None:
+        """Fills the parameter from N(0, std^2), in place."""
+        self._fill(weight, lambda w, g: w.normal_(0.0, std, generator=g))
+
+    def constant(self, weight: Tensor, value: float) -> None:
+        """Fills the parameter with one value, in place."""
+        self._fill(weight, lambda w, _: w.fill_(value))
+
+    def _depth_divisor(self, layer: int | None) -> float:
+        if layer is None or self.config.depth_scaling == "disabled":
+            return 1.0
+        return {
+            "current_depth": (2 * (layer + 1)) ** 0.5,
+            "global_depth": (2 * (self.depth + 1)) ** 0.5,
+            "dim_ratio": self.dim / 4096,
+        }[self.config.depth_scaling]
+
+    def _fill(self, parameter: Tensor, fill) -> None:
+        if parameter.is_meta:
+            return
+        with torch.no_grad():
+            # Drawn on the CPU in float32, so that the values do not depend on the device or the dtype.
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            fill(values, self.generator(parameter))
+            parameter.copy_(values)
+
+
+def truncated_normal_(values: Tensor, std: float, cut: float, generator: torch.Generator) -> Tensor:
+    """Draws N(0, std^2) conditioned on |value| <= cut, in place (cut may be infinite)."""
+    if math.isinf(cut):
+        return values.normal_(0.0, std, generator=generator)
+    return nn.init.trunc_normal_(values, 0.0, std, -cut, cut, generator=generator)

@@ -1,0 +1,262 @@
+"""`causal_conv` on the CPU: one pass over memory forward, one backward, compiled by Numba.
+
+Legend: `B` batch, `T` time, `C` channels, `K` taps. Tensors are flattened to rows of C channels, row = b * T + t, and taps are
+numbered by distance: tap d multiplies the token d steps back. Both directions are then the same sweep over rows,
+
+    forward    y[t]  = bias + sum_d w_d * x[t - d]         (+ x[t], folded into w_0)
+    backward   dx[t] =        sum_d w_d * g[t + d]         and    dw_d = sum_t x[t] * g[t + d]
+
+with terms that cross a document or sequence boundary left out. Rows are swept in pieces of `_PIECE` elements, small enough
+for everything a piece touches to stay in the first-level cache; narrow rows are joined until they fill one piece.
+
+The rows are cut into tiles by the shape alone and each tile sums its own weight gradient, so the result has the same bits for every
+number of threads. Large tensors share their tiles out to Python threads (the kernels release the GIL); Numba's own
+parallel back ends are avoided because a process forked from one that has used them may be killed or deadlock.
+"""
+
+import functools
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_PIECE = 512
+_TILE = 1 << 16  # elements
+_MAX_TILES = 256  # bounds the memory of the partial weight gradients
+_SERIAL_BELOW = 1 << 20  # elements; waking a sleeping thread costs about as much as sweeping this many
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Contraction to fused multiply-adds is the only liberty taken: no reordering, and nan and inf stay what they are.
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither this folder nor the user's cache folder can be written: compile in every process
+        return numba.njit(**options)(function)
+
+
+@_compiled
+def _copy(out, at, a, i, n):
+    """out[at:at+n] = a[i:i+n]."""
+    target, values = out[at : at + n], a[i : i + n]
+    for k in range(n):
+        target[k] = values[k]
+
+
+@_compiled
+def _add(out, at, a, i, n):
+    """out[at:at+n] += a[i:i+n]."""
+    total, values = out[at : at + n], a[i : i + n]
+    for k in range(n):
+        total[k] += values[k]
+
+
+@_compiled
+def _multiply_add(out, at, a, i, b, j, n):
+    """out[at:at+n] += a[i:i+n] * b[j:j+n]."""
+    total, left, right = out[at : at + n], a[i : i + n], b[j : j + n]
+    for k in range(n):
+        total[k] += left[k] * right[k]
+
+
+@_compiled
+def _four_taps(out, source, table, at, column, n, step, width):
+    """A piece of `out` for K = 4, every tap within reach; `table` holds w_0 ... w_3 and the bias, `width` apart."""
+    w0, w1 = table[column : column + n], table[width + column : width + column + n]
+    w2, w3 = table[2 * width + column : 2 * width + column + n], table[3 * width + column : 3 * width + column + n]
+    bias, total = table[4 * width + column : 4 * width + column + n], out[at : at + n]
+    s0, s1 = source[at : at + n], source[at + step : at + step + n]
+    s2, s3 = source[at + 2 * step : at + 2 * step + n], source[at + 3 * step : at + 3 * step + n]
+    for k in range(n):
+        total[k] = bias[k] + w0[k] * s0[k] + w1[k] * s1[k] + w2[k] * s2[k] + w3[k] * s3[k]
+
+
+@_compiled
+def _four_products(sums, x, grad, at, column, n, step, width):
+    """What the same piece adds to dw_0 ... dw_3, laid out in `sums` as the taps are in `table`."""
+    d0, d1 = sums[column : column + n], sums[width + column : width + column + n]
+    d2, d3 = sums[2 * width + column : 2 * width + column + n], sums[3 * width + column : 3 * width + column + n]
+    here = x[at : at + n]
+    g0, g1 = grad[at : at + n], grad[at + step : at + step + n]
+    g2, g3 = grad[at + 2 * step : at + 2 * step + n], grad[at + 3 * step : at + 3 * step + n]
+    for k in range(n):
+        d0[k] += here[k] * g0[k]
+        d1[k] += here[k] * g1[k]
+        d2[k] += here[k] * g2[k]
+        d3[k] += here[k] * g3[k]
+
+
+@_compiled
+def _linked(segments, row, time, distance, length):
+    """Whether the token `distance` steps from `row`, the row of time step `time`, exists and is of the same document."""
+    if time + distance < 0 or time + distance >= length:
+        return False
+    return segments.size == 0 or (segments[row] >= 0 and segments[row + distance] == segments[row])
+
+
+@_compiled
+def _free_rows(segments, row, limit, length, taps, direction):
+    """How many rows from `row` on, at most `limit`, have all their taps within reach."""
+    time = row % length
+    if direction < 0 and time < taps - 1:
+        return 0
+    end = length - time if direction < 0 else length - time - (taps - 1)
+    limit = max(0, min(limit, end))
+    if segments.size == 0:
+        return limit
+    for count in range(limit):
+        for d in range(taps):
+            if not _linked(segments, row + count, time + count, direction * d, length):
+                return count
+    return limit
+
+
+@_compiled
+def _sweep(out, source, table, x, sums, segments, first, last, length, channels, taps, direction):
+    """Compute rows `first` to `last` of `out`; where `sums` is not empty, also add up their share of the weight gradient.
+
+    `table` and `sums` hold one line per tap and one for the bias (`sums` may lack that one), as wide as the rows joined in one go.
+    """
+    width = table.size // (taps + 1)
+    step = direction * channels
+    row = first
+    while row < last:
+        free = _free_rows(segments, row, min(width // channels, last - row), length, taps, direction)
+        rows = max(1, free)  # a row with taps out of reach goes alone
+        for column in range(0, rows * channels, _PIECE):
+            n = min(_PIECE, rows * channels - column)
+            at = row * channels + column
+            if free and taps == 4:
+                _four_taps(out, source, table, at, column, n, step, width)
+                if sums.size:
+                    _four_products(sums, x, source, at, column, n, step, width)
+            else:
+                _copy(out, at, table, taps * width + column, n)
+                for d in range(taps):
+                    if free or _linked(segments, row, row % length, direction * d, length):
+                        _multiply_add(out, at, table, d * width + column, source, at + d * step, n)
+                        if sums.size:
+                            _multiply_add(sums, d * width + column, x, at, source, at + d * step, n)
+            if sums.size > taps * width:
+                _add(sums, taps * width + column, source, at, n)
+        row += rows
+
+
+class _Tiling(NamedTuple):
+    """How rows are joined and cut; a function of the shape only."""
+
+    rows: int  # B * T
+    joined: int  # narrow rows swept as one piece
+    tile_rows: int
+    tiles: int
+    elements: int
+
+
+def _tiling(x: Tensor) -> _Tiling:
+    batch, time, channels = x.shape
+    rows = batch * time
+    tile_rows = max(-(-_TILE // channels), -(-rows // _MAX_TILES))
+    return _Tiling(rows, max(1, _PIECE // channels), tile_rows, -(-rows // tile_rows), x.numel())
+
+
+def _table(weight: Tensor, bias: Tensor | None, residual: bool, joined: int) -> Tensor:
+    """[C, K] -> [K + 1, joined, C]: taps by distance, then the bias, repeated for every row of a piece."""
+    channels, taps = weight.shape
+    table = weight.new_zeros(taps + 1, joined, channels)
+    table[:taps] = weight.flip(1).t().unsqueeze(1)
+    if residual:
+        table[0] += 1
+    if bias is not None:
+        table[taps] = bias
+    return table
+
+
+class CausalConv(torch.autograd.Function):
+    """y [B, T, C] of x [B, T, C], weight [C, K], bias [C] or None, residual, segments int64 [B, T] or None."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, segments: Tensor | None
+    ) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight, segments)
+        ctx.residual = residual
+        tiling, y, none = _tiling(x), torch.empty_like(x), x.new_empty(0)
+        table = _table(weight, bias, residual, tiling.joined)
+        _run(tiling, x.shape, weight.shape[1], -1, y, x, table, none, x.new_empty(tiling.tiles, 0), segments)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, segments = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        (channels, taps), tiling, grad = weight.shape, _tiling(x), grad.contiguous()
+        lines = taps + 1 if needs_bias else taps if needs_weight else 0
+        dx, sums = torch.empty_like(x), x.new_zeros(tiling.tiles, lines * tiling.joined * channels)
+        _run(tiling, x.shape, taps, 1, dx, grad, _table(weight, None, ctx.residual, tiling.joined), x, sums, segments)
+        # NumPy adds the tiles up one after another; torch.sum would order them by the number of threads.
+        total = torch.from_numpy(sums.numpy().sum(0).reshape(lines, tiling.joined, channels).sum(1))
+        dweight = total[:taps].flip(0).t().contiguous() if needs_weight else None
+        return dx if needs_x else None, dweight, total[taps] if needs_bias else None, None, None
+
+
+def _run(
+    tiling: _Tiling,
+    shape: torch.Size,
+    taps: int,
+    direction: int,
+    out: Tensor,
+    source: Tensor,
+    table: Tensor,
+    x: Tensor,
+    sums: Tensor,
+    segments: Tensor | None,
+) -> None:
+    """Sweep every tile, on as many threads as torch may use."""
+    flat_out, flat_source, flat_table, flat_x = (t.detach().view(-1).numpy() for t in (out, source, table, x))
+    partial = sums.numpy()
+    ids = np.empty(0, np.int64) if segments is None else segments.view(-1).numpy()
+    _, length, channels = shape
+
+    def sweep(tile: int) -> None:
+        first = tile * tiling.tile_rows
+        last = min(first + tiling.tile_rows, tiling.rows)
+        _sweep(
+            flat_out, flat_source, flat_table, flat_x, partial[tile], ids, first, last, length, channels, taps, direction
+        )
+
+    helpers = min(torch.get_num_threads(), tiling.tiles) - 1 if tiling.elements >= _SERIAL_BELOW else 0
+    todo = deque(range(tiling.tiles))
+
+    def drain(take: Callable[[], int]) -> None:
+        while True:
+            try:
+                tile = take()
+            except IndexError:
+                return
+            sweep(tile)
+
+    # Helpers work from the far end: a core then tends to meet the same part of a tensor in one operation after the other.
+    # A helper that has not started when the tiles run out is called off, so a busy pool delays nothing and cannot deadlock.
+    futures = [_pool().submit(drain, todo.pop) for _ in range(helpers)]
+    drain(todo.popleft)
+    for future in futures:
+        if not future.cancel():
+            future.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="causal_conv")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork; the child starts its own
+    os.register_at_fork(after_in_child=_pool.cache_clear)

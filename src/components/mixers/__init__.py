@@ -1,0 +1,1 @@
+"""Sequence mixers: one file each, all to the contract of ``base.py``."""

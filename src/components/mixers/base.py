@@ -1,0 +1,59 @@
+"""The contract of a sequence mixer: the part of a block that moves information between positions.
+
+A mixer is one Python file and one YAML file. It takes the model width, the Canon configuration and its own options:
+
+    class MyMixer(Mixer):
+        def __init__(self, dim: int, canon: CanonConfig, *, layer: int = 0, my_option: int = 4): ...
+
+Training, prefill and one-token decoding are the same ``forward``. Everything with memory honours ``segments``, so that
+documents packed into one row cannot see each other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from src.components.initialization import Initializer
+
+# What a mixer or a block carries from one call to the next: tensors by name, nested where a block holds its mixer's.
+# An empty dictionary is the state before the first token.
+State = dict[str, Any]
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes information along time: ``[B, T, dim] -> [B, T, dim]``."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, *, segments: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Mixes x.
+
+        Args:
+            x: ``[B, T, dim]``.
+            segments: ``[B, T]`` document numbers, or None for one document; nothing may pass between two numbers.
+            state: None in training. ``{}`` to begin a sequence, or what the previous call returned; the call then
+                continues that sequence and must give what one call over the whole of it would have given.
+
+        Returns:
+            ``[B, T, dim]`` and the new state (None if none was given). The given state is left as it was.
+        """
+
+    @abstractmethod
+    def init_weights(self, init: Initializer) -> None:
+        """Initialises this module's own parameters; Canon layers and norms inside it look after themselves."""
+
+    @abstractmethod
+    def count_parameters(self) -> int:
+        """Number of parameters, by formula."""
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward floating-point operations per token in sequences of ``seq_len`` tokens; a multiply-add is two."""
+
+    @abstractmethod
+    def state_size(self, seq_len: int) -> int:
+        """Numbers carried per sequence after ``seq_len`` tokens."""

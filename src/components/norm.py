@@ -1,0 +1,33 @@
+"""RMSNorm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * g, statistics in float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.components.initialization import Initializer
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation of the last dimension, ``[..., width] -> [..., width]`` in x's dtype."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises x ``[..., width]``. The gain multiplies after the cast back to x's dtype."""
+        if x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        normed = F.rms_norm(x.float() if x.dtype != torch.float64 else x, (self.width,), None, self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+    def init_weights(self, init: Initializer) -> None:
+        """Gains start at one."""
+        init.constant(self.weight, 1.0)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self.width}, eps={self.eps}"

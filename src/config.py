@@ -1,0 +1,161 @@
+"""Configuration: from YAML to objects, with errors that a stranger can act on.
+
+YAML selects a class by ``_target_`` and sets its arguments; the class signature is the schema. ``instantiate`` checks every node of
+a configuration against the signatures *before* anything is built: unknown keys, missing keys and wrong types are errors that name
+the key and list what exists. Only classes of this project and of a few libraries may be named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+ALLOWED_PREFIXES = ("src.", "lightning.", "torch.optim.", "torchmetrics.")
+_SPECIAL_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+class ConfigError(ValueError):
+    """The user asked for something that does not exist or cannot be; the message says what would be valid."""
+
+
+def to_plain(config: Any) -> Any:
+    """Resolves a configuration to dicts, lists, strings, numbers and None."""
+    return OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig | ListConfig) else config
+
+
+def config_hash(config: Any) -> str:
+    """Twelve hexadecimal digits that differ when any resolved value differs."""
+    text = json.dumps(to_plain(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A clause that names the closest known word, if one is close, and lists all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"There are: {', '.join(known)}"
+
+
+def instantiate(config: Any, where: str = "", **arguments: Any) -> Any:
+    """Builds what a configuration node describes.
+
+    Args:
+        config: a mapping with ``_target_`` (nested nodes with their own), or None, which stays None.
+        where: path of the node in the whole configuration, for error messages.
+        arguments: further arguments of the outermost target.
+
+    Raises:
+        ConfigError: before anything is built, for targets, keys and types that are not allowed; or with the message of a
+            constructor that rejected its arguments.
+    """
+    config = to_plain(config)
+    if config is None:
+        return None
+    check(config, where, set(arguments))
+    try:
+        return hydra_instantiate(config, _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from error
+        if isinstance(cause, ValueError | TypeError | OSError | ImportError):
+            raise ConfigError(f"{where or config.get('_target_')}: {cause}") from error
+        raise
+
+
+def check(node: Any, where: str = "", given: set[str] | None = None) -> None:
+    """Checks a plain configuration node, and all below it, against the signatures they name.
+
+    Args:
+        node: dict, list or value.
+        where: path of the node.
+        given: arguments that will be added when the node is built.
+
+    Raises:
+        ConfigError: for the first key that does not fit.
+    """
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            check(item, f"{where}[{i}]")
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        _check_call(node, where or node["_target_"], given or set())
+    for key, value in node.items():
+        check(value, f"{where}.{key}" if where else key)
+
+
+def resolve_target(target: str, where: str = "") -> Any:
+    """Imports what a ``_target_`` names, if it is allowed to be named."""
+    if not target.startswith(ALLOWED_PREFIXES):
+        raise ConfigError(f"{where}._target_={target!r}: only targets under {', '.join(ALLOWED_PREFIXES)} may be built")
+    module_name, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module_name), name)
+    except ImportError as error:
+        raise ConfigError(f"{where}._target_={target!r} cannot be imported: {error}") from error
+    except AttributeError:
+        public = [n for n in vars(import_module(module_name)) if not n.startswith("_")]
+        raise ConfigError(f"{where}._target_={target!r} does not exist; {suggest(name, public)}") from None
+
+
+def _check_call(node: Mapping[str, Any], where: str, given: set[str]) -> None:
+    target = resolve_target(node["_target_"], where)
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n != "self"}
+    keys = [key for key in node if key not in _SPECIAL_KEYS]
+    for key in keys:
+        if key not in named and not takes_any:
+            raise ConfigError(f"{where}.{key}: no such key; {suggest(key, named)}")
+    if not node.get("_partial_"):
+        missing = [n for n, p in named.items() if p.default is p.empty and n not in keys and n not in given]
+        if missing:
+            raise ConfigError(f"{where}: {missing[0]!r} must be given")
+    hints = _hints(target)
+    for key in keys:
+        if key in hints:
+            _check_type(node[key], hints[key], f"{where}.{key}")
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # annotations that exist for type checkers only
+        return {}
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    """Checks values that YAML can hold; nodes that are built into objects are checked by their own signature."""
+    if _holds_target(value) or hint is Any:
+        return
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(strict=False, arbitrary_types_allowed=True))
+    except Exception:  # pydantic has no schema for this annotation (a protocol, a callable's own type)
+        try:
+            adapter = TypeAdapter(hint)
+        except Exception:
+            return
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        expected = "; ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
+        raise ConfigError(f"{where}={value!r}: {expected}") from None
+
+
+def _holds_target(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "_target_" in value or any(_holds_target(v) for v in value.values())
+    return isinstance(value, list) and any(_holds_target(v) for v in value)

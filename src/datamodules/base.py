@@ -1,0 +1,96 @@
+"""The LightningDataModule that every data set shares: a window source and how many windows a batch takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning as L
+from torch.utils.data import Dataset
+
+from src.datamodules.stream import (
+    EvaluationBatches,
+    FromStep,
+    Share,
+    StreamLoader,
+    TrainingBatches,
+    WindowSource,
+)
+from src.evaluation.evaluators import Evaluator
+
+
+class StreamDataModule(L.LightningDataModule, ABC):
+    """Serves a window source by the stream contract (``stream.py``).
+
+    Args:
+        batch_size: windows per optimizer step, over all ranks and accumulated micro-batches.
+        eval_batch_size: windows per evaluation batch, of one rank.
+        num_workers: processes that prepare batches; 0 does it in the training process.
+    """
+
+    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int):
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1)):
+            if value < least:
+                raise ValueError(f"data.{name}={value}: at least {least}")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers={num_workers}: at least 0")
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+
+    @property
+    @abstractmethod
+    def source(self) -> WindowSource:
+        """Where windows come from."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+
+    @property
+    @abstractmethod
+    def window_length(self) -> int:
+        """Tokens in a window (one more than are predicted in it)."""
+
+    @abstractmethod
+    def evaluator(self) -> Evaluator:
+        """A fresh metric for this data."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the data, in plain values."""
+
+    def train_dataloader(self) -> StreamLoader:
+        """Micro-batches from the trainer's current optimizer step on."""
+        trainer = self._trainer()
+        share = Share(self.batch_size, trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+        batches = TrainingBatches(self.source, share, trainer.max_steps)
+        return self._loader(batches, FromStep(batches, lambda: trainer.global_step))
+
+    def val_dataloader(self) -> StreamLoader:
+        """The fixed validation set."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> StreamLoader:
+        """The fixed test set."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> StreamLoader:
+        trainer = self._trainer()
+        return self._loader(
+            EvaluationBatches(self.source, split, self.eval_batch_size, trainer.global_rank, trainer.world_size)
+        )
+
+    def _loader(self, batches: Dataset, sampler: FromStep | None = None) -> StreamLoader:
+        return StreamLoader(
+            batches,
+            batch_size=None,  # the data set's items are whole batches
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=self._trainer().strategy.root_device.type == "cuda",
+        )
+
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("this data module is not attached to a Trainer; pass it to trainer.fit/validate/test")
+        return self.trainer

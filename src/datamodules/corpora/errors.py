@@ -1,0 +1,2 @@
+class CorpusError(ValueError):
+    """A corpus that cannot be read, split, tokenised or cut into windows; the message says what would work."""

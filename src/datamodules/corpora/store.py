@@ -1,0 +1,277 @@
+"""Tokenise once: a source becomes a folder of memory-mapped arrays, found again by its fingerprint.
+
+    <cache_dir>/<name>-<fingerprint>/
+        {train,val,test}.tokens.npy     uint16 (uint32 above 65536 tokens), documents as BOS + tokens + EOS
+        {train,val,test}.offsets.npy    int64, where documents start; last, their end
+        tokenizer.json                  opens with Hugging Face tokenizers
+        meta.json                       source, options, counts, file sizes, library versions
+
+The fingerprint hashes the options and the source's files (`fingerprint_files`), so a change of either makes a new
+folder. A folder is built under a temporary name beside its place and renamed: it is there whole or not at all.
+Processes that build at the same time do the same work, and the first to finish wins.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import platform
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.datamodules.corpora.corpus import FORMAT, Corpus, damage, offsets_file, tokens_file
+from src.datamodules.corpora.errors import CorpusError
+from src.datamodules.corpora.sources import Document, Source
+from src.datamodules.corpora.splits import SPLITS, SplitPlan, SplitShares, hash_unit, plan_splits
+from src.datamodules.corpora.tokenizer import Tokenizer, TokenizerOptions
+
+TOKENIZER_TRAINING_BYTES = 256 * 2**20
+"""A BPE is trained on documents of the train split chosen by a second hash of their names: about this much at most."""
+
+_BATCH_CHARACTERS = 2**21
+_PROGRESS_SECONDS = 5.0
+_ABANDONED_SECONDS = 24 * 3600
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+
+def prepare(
+    source: Source,
+    tokenizer: TokenizerOptions,
+    cache_dir: str | Path,
+    *,
+    val_share: float = 0.05,
+    test_share: float = 0.05,
+    progress: Progress = _log.info,
+) -> Corpus:
+    """Return the corpus of `source`, tokenised and written under `cache_dir` unless it is there already.
+
+    Args:
+        source: where the documents come from.
+        tokenizer: which tokeniser to make or open.
+        cache_dir: folder of all prepared corpora; created if missing; not inside the folder that the source reads.
+        val_share, test_share: expected shares of the documents, by a hash of their names (see `splits`).
+        progress: called with a line of text at the start, every five seconds, and at the end of a build.
+
+    Raises CorpusError if the source cannot be read, holds fewer than three documents or changes meanwhile, or if an
+    option is impossible. A damaged folder is rebuilt with a warning.
+    """
+    shares = SplitShares(val_share, test_share)
+    cache_dir = Path(cache_dir).expanduser()
+    if source.root is not None and cache_dir.resolve().is_relative_to(source.root.resolve()):
+        raise CorpusError(f"cache_dir={str(cache_dir)!r} lies in {source.root}, which is read as text: choose another")
+    fingerprint = _fingerprint(source, tokenizer, shares)
+    target = cache_dir / f"{source.name}-{fingerprint}"
+    if target.exists():
+        problem = damage(target)
+        if problem is None:
+            return Corpus(target)
+        warnings.warn(f"cached corpus {target} is damaged: {problem}; building it again", stacklevel=2)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(cache_dir, target.name)
+    with _temporary_folder(cache_dir, target.name) as folder:
+        _build(folder, source, tokenizer, shares, fingerprint=fingerprint, progress=progress)
+        if _fingerprint(source, tokenizer, shares) != fingerprint:
+            raise CorpusError(f"the files of source {source.name!r} changed while they were read: prepare it again")
+        _install(folder, target)
+    return Corpus(target)
+
+
+def _fingerprint(source: Source, tokenizer: TokenizerOptions, shares: SplitShares) -> str:
+    parts = {
+        "format": FORMAT,
+        "source": source.fingerprint(),
+        "tokenizer": tokenizer.identity(),
+        "shares": [float(shares.val), float(shares.test)],
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _build(
+    folder: Path,
+    source: Source,
+    options: TokenizerOptions,
+    shares: SplitShares,
+    *,
+    fingerprint: str,
+    progress: Progress,
+) -> None:
+    """Fill `folder` with the files of a corpus. Reads the source two or three times and holds one batch at a time."""
+    began = time.monotonic()
+    progress(f"preparing corpus {source.name}-{fingerprint}: reading")
+    plan = plan_splits(source.documents(), shares)
+    total = sum(plan.bytes.values())
+    progress(f"{sum(plan.documents.values())} documents, {total / 1e6:.1f} MB; tokeniser {options.kind}")
+    tokenizer = options.build(lambda: _training_texts(source, plan))
+    tokenizer.save(folder / "tokenizer.json")
+    counts = _write_tokens(folder, source, plan, tokenizer, progress)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    meta = {
+        "format": FORMAT,
+        "name": source.name,
+        "fingerprint": fingerprint,
+        "source": source.describe(),
+        "shares": {"val": shares.val, "test": shares.test},
+        "moved_to_fill_a_split": plan.moved,
+        "tokenizer": {
+            **options.identity(),
+            "vocab_size": tokenizer.vocab_size,
+            **{"bos": tokenizer.bos, "eos": tokenizer.eos, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+        },
+        "splits": counts,
+        "files": files,
+        "libraries": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("numpy", "tokenizers", "pyarrow")},
+        },
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    tokens = sum(split["tokens"] for split in counts.values())
+    progress(f"{tokens} tokens, {total / tokens:.2f} bytes per token, in {time.monotonic() - began:.1f} s")
+
+
+def _training_texts(source: Source, plan: SplitPlan) -> Iterator[str]:
+    keep = TOKENIZER_TRAINING_BYTES / max(plan.bytes["train"], 1)
+    for name, text in source.documents():
+        if plan.of(name) == "train" and (keep >= 1 or hash_unit(name, "tokenizer") < keep):
+            yield text
+
+
+def _write_tokens(
+    folder: Path, source: Source, plan: SplitPlan, tokenizer: Tokenizer, progress: Progress
+) -> dict[str, dict[str, int]]:
+    """Write the token and offset files; return the counts of documents, tokens and bytes of each split."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    total = sum(plan.bytes.values())
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    token_bytes = 0
+    reported = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        writers = {split: stack.enter_context(_SplitWriter(folder, split, dtype)) for split in SPLITS}
+        for batch in _batches(source.documents()):
+            for (name, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+                split = plan.of(name)
+                writers[split].append(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]))
+                counts[split]["documents"] += 1
+                counts[split]["tokens"] += len(ids) + 2
+                counts[split]["bytes"] += len(text.encode())
+                token_bytes += int(tokenizer.bytes_per_token[ids].sum())
+            if time.monotonic() - reported > _PROGRESS_SECONDS:
+                reported = time.monotonic()
+                progress(
+                    f"tokenised {sum(split['bytes'] for split in counts.values()) / 1e6:.0f} of {total / 1e6:.0f} MB"
+                )
+    text_bytes = sum(split["bytes"] for split in counts.values())
+    if token_bytes != text_bytes:
+        warnings.warn(
+            f"the tokeniser does not reproduce the text byte for byte: its tokens stand for {token_bytes} bytes, the"
+            f" text has {text_bytes}; bits per byte are off by that ratio",
+            stacklevel=2,
+        )
+    return counts
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _SplitWriter:
+    """Appends documents to the token and offset files of one split."""
+
+    def __init__(self, folder: Path, split: str, dtype: type[np.unsignedinteger[Any]]) -> None:
+        self._tokens = _ArrayWriter(folder / tokens_file(split), dtype)
+        self._offsets = _ArrayWriter(folder / offsets_file(split), np.int64)
+
+    def __enter__(self) -> "_SplitWriter":
+        self._offsets.append(np.array([0]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tokens.close()
+        self._offsets.close()
+
+    def append(self, document: np.ndarray) -> None:
+        self._tokens.append(document)
+        self._offsets.append(np.array([self._tokens.length]))
+
+
+class _ArrayWriter:
+    """Writes a .npy file of one dimension in pieces: NumPy pads the header, so the length can be filled in last."""
+
+    def __init__(self, path: Path, dtype: type[np.integer[Any]]) -> None:
+        self.length = 0
+        self._dtype = np.dtype(dtype)
+        self._file = path.open("wb", buffering=2**20)
+        self._header_end = self._write_header()
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(values.astype(self._dtype).tobytes())
+        self.length += len(values)
+
+    def close(self) -> None:
+        with self._file:
+            self._file.seek(0)
+            if self._write_header() != self._header_end:
+                raise RuntimeError(f"NumPy wrote headers of different lengths to {self._file.name}")
+
+    def _write_header(self) -> int:
+        descr = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        return self._file.tell()
+
+
+@contextlib.contextmanager
+def _temporary_folder(cache_dir: Path, name: str) -> Iterator[Path]:
+    """Make a folder beside its future place, on the same file system, and remove what is left of it in the end."""
+    # Not tempfile.mkdtemp: its mode 0o700 would stay and hide a shared cache from other users.
+    folder = cache_dir / f".{name}.{secrets.token_hex(4)}.tmp"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _install(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; a complete corpus that another process put there stays, a damaged one gives way."""
+    for _ in range(10):
+        try:
+            folder.rename(target)
+            return
+        except OSError:
+            if not target.exists():
+                raise
+        if damage(target) is None:
+            return
+        with _temporary_folder(target.parent, target.name) as aside, contextlib.suppress(OSError):
+            target.rename(aside / "damaged")
+    raise CorpusError(f"damaged corpus {target} cannot be replaced: remove it by hand")
+
+
+def _remove_abandoned(cache_dir: Path, name: str) -> None:
+    """Remove what killed builds left behind: temporary folders of this corpus that nothing has written to for a day."""
+    for folder in cache_dir.glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
+            if time.time() - newest > _ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)

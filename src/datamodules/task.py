@@ -1,0 +1,89 @@
+"""Synthetic tasks as a LightningDataModule: fresh examples for ever, and fixed evaluation sets."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from numpy.typing import NDArray
+
+from src.datamodules.base import StreamDataModule
+from src.datamodules.stream import WindowSource
+from src.datamodules.tasks.base import Split, Task
+from src.evaluation.evaluators import TaskEvaluator
+
+
+class TaskDataModule(StreamDataModule):
+    """Packs a synthetic task's examples into windows.
+
+    Every window starts with a whole example; the last one is cut at its end. Training never sees an example twice.
+
+    Args:
+        task: one of ``src.datamodules.tasks``.
+        window: tokens in a window.
+        batch_size: windows per optimizer step, over all ranks and accumulated micro-batches.
+        val_windows: size of the validation set.
+        test_windows: size of the test set.
+        eval_batch_size: windows per evaluation batch, of one rank.
+        isolate: keep the examples of a window apart (attention, convolutions and Canon stop at their boundaries). The paper
+            does not.
+        num_workers: processes that prepare batches.
+        seed: of the data; all architectures compared should share it.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        window: int,
+        batch_size: int,
+        val_windows: int,
+        test_windows: int,
+        eval_batch_size: int = 64,
+        isolate: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        if window < 2:
+            raise ValueError(f"data.window={window}: at least 2 tokens")
+        self.task, self.window, self.isolate, self.seed = task, window, isolate, seed
+        self._sizes: dict[str, int] = {"val": val_windows, "test": test_windows}
+        longest = getattr(task, "max_length", 0)
+        if longest > window:
+            raise ValueError(
+                f"data.window={window}: the longest example of {task.name} has {longest} tokens and would never be whole"
+            )
+
+    @property
+    def source(self) -> WindowSource:
+        """This module itself."""
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        """The task's."""
+        return self.task.vocab_size
+
+    @property
+    def window_length(self) -> int:
+        """Tokens in a window."""
+        return self.window
+
+    def windows(self, split: Split, first: int, count: int) -> dict[str, NDArray[Any]]:
+        """See ``WindowSource.windows``."""
+        packed = self.task.windows(self.seed, split, first, count, self.window)
+        batch: dict[str, NDArray[Any]] = {"tokens": packed.tokens, "loss_mask": packed.loss_mask}
+        return batch | {"segments": packed.segments} if self.isolate else batch
+
+    def num_windows(self, split: str) -> int | None:
+        """See ``WindowSource.num_windows``."""
+        return self._sizes.get(split)
+
+    def evaluator(self) -> TaskEvaluator:
+        """Loss, token accuracy, and the task's own score."""
+        return TaskEvaluator(self.task)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The task's parameters and the seed: they determine every token."""
+        return {"task": self.task.name, "seed": self.seed} | dataclasses.asdict(self.task)  # type: ignore[call-overload]

@@ -1,0 +1,104 @@
+"""What every command line of this project does around its work: compose, check, explain errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.build import CONFIG_DIR, compose_config
+from src.config import ConfigError, suggest
+
+
+
+def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
+    """Runs ``job`` with the configuration that the command line asks for.
+
+    A mistake in the command line, or a ConfigError in the job, ends in one message on stderr and exit status 2;
+    ``HYDRA_FULL_ERROR=1`` shows where it came from.
+    """
+
+    def guarded(config: DictConfig) -> Any:
+        try:
+            return job(config)
+        except (ConfigError, MisconfigurationException, OmegaConfBaseException) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            fail(str(error))
+
+    arguments = sys.argv[1:]
+    if not any(argument.startswith("-") for argument in arguments):
+        explain_overrides(config_name, arguments)
+    guarded.__module__ = "__main__"
+    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)()
+
+
+def fail(message: str) -> None:
+    """One message, exit status 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def explain_overrides(config_name: str, overrides: list[str]) -> None:
+    """Composes once ahead of Hydra, because its own message for a misspelt key does not say which keys exist."""
+    try:
+        compose_config(overrides, config_name)
+    except (HydraException, OmegaConfBaseException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        fail(_first_misspelt_key(config_name, overrides) or str(error))
+
+
+def _first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
+    """Finds the first override whose key does not exist; the rest of the message lists those that do."""
+    parser = OverridesParser.create()
+    try:
+        parsed = parser.parse_overrides(overrides)
+    except HydraException:
+        return None
+    groups = [o for o in parsed if (CONFIG_DIR / (o.key_or_group or "")).is_dir()]
+    for override in groups:
+        choices = sorted(p.stem for p in (CONFIG_DIR / override.key_or_group).glob("*.yaml"))
+        if isinstance(override.value(), str) and override.value() not in choices:
+            return f"{override.key_or_group}={override.value()}: no such choice; {suggest(str(override.value()), choices)}"
+    try:
+        config = compose_config([_text(o) for o in groups], config_name)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    for override in parsed:
+        if override not in groups and not override.is_add() and not override.is_force_add():
+            message = _missing(config, override.key_or_group)
+            if message:
+                return message
+    return None
+
+
+def _text(override: Override) -> str:
+    return override.input_line or ""
+
+
+def _missing(config: DictConfig, key: str) -> str | None:
+    node: Any = config
+    path: list[str] = []
+    for part in key.split("."):
+        if not OmegaConf.is_dict(node):
+            return f"{key}: {'.'.join(path)} is a value, it has no key {part!r}"
+        if part not in node:
+            where = ".".join(path)
+            known = [str(name) for name in node if not str(name).startswith("_")]
+            if not path:
+                known += [p.name for p in Path(CONFIG_DIR).iterdir() if p.is_dir()]
+            return f"{key}: no key {part!r}{' in ' + where if where else ''}; {suggest(part, set(known))}"
+        path.append(part)
+        node = OmegaConf.to_container(config, resolve=False) if node is None else node._get_node(part)  # type: ignore[union-attr]
+    return None

@@ -1,0 +1,86 @@
+"""Test a checkpoint: ``python src/evaluate.py ckpt_path=logs/train/runs/<run>``.
+
+Takes data, model and precision from the checkpoint's own configuration, so the numbers are those of the run that wrote it.
+``data=...`` asks for other data, ``trainer=...`` for another machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# Run as a script, Python puts src/ itself on the path; the package is one level up.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import lightning as L  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from src.checkpoints.files import model_from_checkpoint, read_checkpoint  # noqa: E402
+from src.config import ConfigError, instantiate, to_plain  # noqa: E402
+from src.datamodules.base import StreamDataModule  # noqa: E402
+from src.entry import entrypoint  # noqa: E402
+from src.modules.language_model import LanguageModel  # noqa: E402
+from src.run import build_trainer  # noqa: E402
+
+
+def evaluate(config: DictConfig) -> dict[str, float]:
+    """Scores the checkpoint on its split, prints a table and writes ``results.json``."""
+    plain = to_plain(config)
+    if plain["ckpt_path"] is None:
+        raise ConfigError("ckpt_path= must name a checkpoint, or the folder of a run")
+    if plain["split"] not in ("val", "test"):
+        raise ConfigError(f"split={plain['split']!r}: choose val or test")
+    checkpoint = read_checkpoint(plain["ckpt_path"])
+    trained = checkpoint["config"]
+
+    datamodule: StreamDataModule = instantiate(plain["data"] or trained["data"], "data")
+    net = model_from_checkpoint(checkpoint)
+    if net.vocab_size < datamodule.vocab_size:
+        raise ConfigError(f"data: has ids up to {datamodule.vocab_size - 1}, the model knows {net.vocab_size}")
+    module = LanguageModel(
+        net,
+        optimizer=instantiate(trained["optimizer"], "optimizer"),
+        schedule=instantiate(trained["scheduler"], "scheduler"),
+        loss=instantiate(trained["loss"], "loss"),
+        config=trained,
+    )
+    trainer = evaluation_trainer(plain, trained)
+    score = trainer.validate if plain["split"] == "val" else trainer.test
+    score(module, datamodule=datamodule, verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if trainer.is_global_zero:
+        report(metrics, plain, checkpoint["global_step"])
+    return metrics
+
+
+def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any]) -> L.Trainer:
+    """One process with the device and precision of training, unless ``trainer`` says otherwise."""
+    settings = plain["trainer"] or {
+        "_target_": "lightning.Trainer",
+        "accelerator": trained["trainer"].get("accelerator", "auto"),
+        "precision": trained["trainer"].get("precision"),
+        "devices": 1,
+        "use_distributed_sampler": False,
+    }
+    return build_trainer({"trainer": settings}, enable_progress_bar=False, enable_model_summary=False)
+
+
+def report(metrics: dict[str, float], plain: dict[str, Any], step: int) -> None:
+    """Prints the metrics and writes them to the output folder."""
+    table = Table(title=f"{plain['ckpt_path']} at step {step}")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.6f}")
+    Console().print(table)
+    path = Path(plain["paths"]["output_dir"]) / "results.json"
+    path.write_text(json.dumps({"checkpoint": str(plain["ckpt_path"]), "step": step, "metrics": metrics}, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    entrypoint("evaluate", evaluate)

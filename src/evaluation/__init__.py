@@ -1,0 +1,1 @@
+"""Scorers: what is measured on evaluation windows."""

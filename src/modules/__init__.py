@@ -1,0 +1,1 @@
+"""LightningModules: loss, optimizer, and what is logged."""

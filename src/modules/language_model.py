@@ -1,0 +1,185 @@
+"""A language model in training: masked next-token loss, optimizer, schedule, and what is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from src.components.backbone import Backbone
+from src.evaluation.evaluators import Evaluator
+from src.modules.losses import NextTokenLoss
+
+CHECKPOINT_FORMAT = 1
+
+
+class LanguageModel(L.LightningModule):
+    """Trains and scores a Backbone.
+
+    The training loss is the mean over all targets of the *global* batch, whatever number of ranks and micro-batches it is cut
+    into. Logged every ``log_every_n_steps``: ``train/loss``, ``train/token_accuracy``, ``train/grad_norm`` (before clipping)
+    and ``train/lr``; on evaluation windows, all that the data's evaluator computes, under ``val/`` and ``test/``.
+
+    Args:
+        net: the model.
+        optimizer: called with the net's named parameters.
+        schedule: factor on the learning rate by 0-based optimizer step.
+        loss: loss of each target.
+        config: the run's resolved configuration, as plain containers; stored in every checkpoint.
+        compile: compile each block.
+    """
+
+    def __init__(
+        self,
+        net: Backbone,
+        *,
+        optimizer: Callable[..., Optimizer],
+        schedule: Callable[[int], float],
+        loss: NextTokenLoss | None = None,
+        config: dict[str, Any] | None = None,
+        compile: bool = False,
+    ):
+        super().__init__()
+        self.net = net
+        self.build_optimizer, self.schedule = optimizer, schedule
+        self.loss = loss or NextTokenLoss()
+        self.config = config or {}
+        self.compile_blocks = compile
+        # Filled in by setup(): one for validation, one for the test set.
+        self.evaluators = nn.ModuleDict()
+        self._configured = False
+        self._step_sums: list[Tensor] = []
+
+    # ---- assembly --------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Compiles the blocks and, under FSDP2, shards them, in this order; called by Lightning once the devices are known."""
+        if self._configured:
+            return
+        self._configured = True
+        if self.compile_blocks:
+            self.net.compile_blocks()
+        mesh = self.device_mesh
+        if mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            for block in self.net.blocks:
+                fully_shard(block, mesh=mesh["data_parallel"])
+            fully_shard(self.net, mesh=mesh["data_parallel"])
+
+    def setup(self, stage: str) -> None:
+        """Takes the evaluators from the data."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None and not len(self.evaluators):
+            for split in ("val", "test"):
+                self.evaluators[split] = datamodule.evaluator()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and its schedule stepped after every update."""
+        optimizer = self.build_optimizer(self.net.named_parameters())
+        schedule = self.schedule
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, lambda step: schedule(step)), "interval": "step"},
+        }
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, scaled so that the mean over ranks and micro-batches is the mean over all targets."""
+        logits, targets = self._predict(batch)
+        loss, _ = self.loss(logits, targets)
+        everyone = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        count = batch["step_targets"].to(loss.dtype)
+        if self.trainer.world_size > 1:
+            count = self.trainer.strategy.reduce(count, reduce_op="sum")  # type: ignore[assignment]
+        # A step without any target (windows shorter than a question) has loss 0, not NaN.
+        mean = loss.sum() * everyone / count.clamp(min=1)
+        with torch.no_grad():
+            right = (logits.argmax(dim=-1) == targets).sum() * everyone / count.clamp(min=1)
+            self._step_sums.append(torch.stack((mean.detach(), right.to(mean.dtype))))
+        return mean
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs the step that has just ended, if it is one to be logged."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        loss, accuracy = torch.stack(self._step_sums).mean(dim=0)
+        self._step_sums.clear()
+        if self.is_log_step(self.trainer.global_step):
+            self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+            self.log("train/token_accuracy", accuracy, prog_bar=True, sync_dist=True)
+
+    def is_log_step(self, step: int) -> bool:
+        """Whether the step that ends with ``step`` updates made is logged."""
+        return step % self.trainer.log_every_n_steps == 0
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the global L2 norm, and logs that norm and the learning rate of this update."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only norm is supported")
+        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        if self.is_log_step(self.trainer.global_step + 1):
+            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"]))
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds a validation batch to the evaluator."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds a test batch to the evaluator."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs what the evaluator found."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs what the evaluator found."""
+        self._log_evaluation("test")
+
+    def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
+        logits, targets = self._predict(batch)
+        if targets.numel():
+            _, nll = self.loss(logits, targets)
+            self._evaluator(split).update(batch["tokens"], batch["loss_mask"], logits.argmax(dim=-1), nll)
+
+    def _log_evaluation(self, split: str) -> None:
+        evaluator = self._evaluator(split)
+        for name, value in evaluator.compute().items():
+            self.log(f"{split}/{name}", value.float(), prog_bar=name in ("loss", "accuracy", "bits_per_byte"))
+        evaluator.reset()
+
+    def _evaluator(self, split: str) -> Evaluator:
+        evaluator = self.evaluators[split]
+        assert isinstance(evaluator, Evaluator)
+        return evaluator
+
+    def _predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits ``[N, V]`` and targets ``[N]`` where the loss mask says that a token is to be predicted."""
+        tokens, segments = batch["tokens"], batch.get("segments")
+        is_target = batch["loss_mask"][:, 1:]
+        logits = self.net(tokens[:, :-1], segments=None if segments is None else segments[:, :-1], select=is_target)
+        return logits, tokens[:, 1:][is_target]
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the configuration: plain containers, so that ``torch.load(weights_only=True)`` opens the file."""
+        checkpoint["format"] = CHECKPOINT_FORMAT
+        checkpoint["config"] = self.config

@@ -1,0 +1,162 @@
+"""One run: check the configuration, build data, model and trainer, fit, test, write down what happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from src.build import model_from_config
+from src.checkpoints.files import check_same_model, find_checkpoint, read_checkpoint
+from src.components.backbone import Backbone
+from src.components.kernels.registry import used_backends
+from src.config import ConfigError, check, config_hash, instantiate, to_plain
+from src.datamodules.base import StreamDataModule
+from src.modules.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig) -> dict[str, float]:
+    """Trains and tests as ``configs/train.yaml`` describes.
+
+    Returns:
+        The test metrics (or, without a test, the last validation's).
+
+    Raises:
+        ConfigError: before anything is trained, for a configuration or checkpoint that cannot be.
+    """
+    plain = checked(config)
+    output_dir = Path(plain["paths"]["output_dir"])
+    checkpoint = _resume_from(plain)
+
+    L.seed_everything(plain["seed"], verbose=False)
+    trainer = build_trainer(plain)
+    datamodule: StreamDataModule = instantiate(plain["data"], "data")
+    net = build_net(plain, datamodule)
+    if checkpoint is not None:
+        check_same_model(read_checkpoint(checkpoint), plain["model"], checkpoint)
+    module = LanguageModel(
+        net,
+        optimizer=instantiate(plain["optimizer"], "optimizer"),
+        schedule=instantiate(plain["scheduler"], "scheduler"),
+        loss=instantiate(plain["loss"], "loss"),
+        config=plain,
+        compile=plain["compile"],
+    )
+    introduce(plain, net, datamodule, output_dir)
+
+    started = time.perf_counter()
+    if plain["train"]:
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(output_dir / "checkpoints" / "final.ckpt")
+    metrics = dict(trainer.callback_metrics)
+    if plain["test"]:
+        trainer.test(module, datamodule, ckpt_path=None if plain["train"] else checkpoint, verbose=False)
+        metrics = dict(trainer.callback_metrics)
+    result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
+    record(output_dir, plain, net, datamodule, trainer, result, time.perf_counter() - started)
+    return result
+
+
+def checked(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration in plain containers, every section checked against the classes it names.
+
+    The model is built once on the meta device: an impossible combination is found before any data is prepared.
+    """
+    plain = to_plain(config)
+    plain.pop("compare", None)
+    probe = plain["model"] | {"vocab_size": plain["model"]["vocab_size"] or 2}
+    for section in ("data", "optimizer", "scheduler", "loss", "trainer", "callbacks", "logger", "canon"):
+        check(plain[section], section, {"callbacks", "logger"} if section == "trainer" else None)
+    model_from_config(probe, device="meta")
+    if not plain["train"] and not plain["test"]:
+        raise ConfigError("train=false and test=false: nothing to do")
+    if not plain["train"] and not plain["ckpt_path"]:
+        raise ConfigError("train=false: ckpt_path= must say which checkpoint to test")
+    if plain["trainer"]["max_steps"] < 1:
+        raise ConfigError(f"trainer.max_steps={plain['trainer']['max_steps']}: at least 1")
+    if plain["trainer"].get("accelerator") == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=cuda: no CUDA device here. Use trainer=cpu")
+    return plain
+
+
+def build_net(plain: dict[str, Any], datamodule: StreamDataModule) -> Backbone:
+    """Builds the model; a ``vocab_size`` of None becomes the data's, in ``plain`` as well."""
+    wanted = plain["model"]["vocab_size"]
+    if wanted is None:
+        plain["model"]["vocab_size"] = datamodule.vocab_size
+    elif wanted < datamodule.vocab_size:
+        raise ConfigError(f"model.vocab_size={wanted}: the data has ids up to {datamodule.vocab_size - 1}")
+    return model_from_config(plain["model"])
+
+
+def build_trainer(plain: dict[str, Any], **overrides: Any) -> L.Trainer:
+    """Builds Lightning's Trainer with the configured callbacks and loggers."""
+    callbacks = [instantiate(node, f"callbacks.{name}") for name, node in (plain.get("callbacks") or {}).items()]
+    loggers = [instantiate(node, f"logger.{name}") for name, node in (plain.get("logger") or {}).items()]
+    has_checkpoints = any(isinstance(callback, L.pytorch.callbacks.ModelCheckpoint) for callback in callbacks)
+    return instantiate(
+        {"enable_checkpointing": has_checkpoints, "enable_progress_bar": _has_bar(callbacks)} | plain["trainer"] | overrides,
+        "trainer",
+        callbacks=callbacks,
+        logger=loggers or False,
+    )
+
+
+def _has_bar(callbacks: list[Any]) -> bool:
+    return any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in callbacks)
+
+
+def _resume_from(plain: dict[str, Any]) -> str | None:
+    path = plain["ckpt_path"]
+    if path is None:
+        return None
+    return str(find_checkpoint(Path(path)))
+
+
+@rank_zero_only
+def introduce(plain: dict[str, Any], net: Backbone, datamodule: StreamDataModule, output_dir: Path) -> None:
+    """Says what is about to run, and writes the resolved configuration before the first step."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(plain), output_dir / "config.yaml")
+    canon = net.canon.positions or "none"
+    log.info(
+        f"{plain['name']}: {net.count_parameters():,} parameters, {net.depth} x {net.dim} {net.pattern}, "
+        f"Canon {canon}, {plain['trainer']['max_steps']:,} steps of {datamodule.batch_size} x "
+        f"{datamodule.window_length} tokens, in {output_dir}"
+    )
+
+
+@rank_zero_only
+def record(
+    output_dir: Path,
+    plain: dict[str, Any],
+    net: Backbone,
+    datamodule: StreamDataModule,
+    trainer: L.Trainer,
+    metrics: dict[str, float],
+    seconds: float,
+) -> None:
+    """Writes ``results.json``: what was measured, of what, with which kernels."""
+    result = {
+        "name": plain["name"],
+        "config_hash": config_hash({k: v for k, v in plain.items() if k not in ("paths", "logger", "callbacks")}),
+        "data": datamodule.fingerprint(),
+        "parameters": net.count_parameters(),
+        "flops_per_token": net.flops_per_token(datamodule.window_length - 1),
+        "state_size": net.state_size(datamodule.window_length - 1),
+        "backends": used_backends(),
+        "steps": trainer.global_step,
+        "seconds": round(seconds, 3),
+        "torch": torch.__version__,
+        "metrics": metrics,
+    }
+    (output_dir / "results.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,36 @@
+"""Train a sequence model: ``python src/train.py experiment=quickstart``; ``--help`` tells the rest.
+
+The story of a run is ``src/run.py``: configuration -> data, model, trainer -> fit -> test -> results on disk.
+With ``compare`` in the configuration it is told once for each variant, and ends in one table and one figure.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run as a script, Python puts src/ itself on the path; the package is one level up.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from omegaconf import DictConfig  # noqa: E402
+
+from src.comparison import compare  # noqa: E402
+from src.entry import entrypoint  # noqa: E402
+from src.run import run  # noqa: E402
+
+
+def train(config: DictConfig) -> float | None:
+    """One run, or one for each variant to be compared.
+
+    Returns:
+        The metric that a hyper-parameter search optimises, ``optimized_metric`` of the configuration.
+    """
+    if config.compare is not None:
+        compare(config)
+        return None
+    metrics = run(config)
+    return metrics.get(config.optimized_metric) if config.get("optimized_metric") else None
+
+
+if __name__ == "__main__":
+    entrypoint("train", train)
