@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,21 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
                 raise
             fail(str(error))
 
+    quieten()
     arguments = sys.argv[1:]
     if not any(argument.startswith("-") for argument in arguments):
         explain_overrides(config_name, arguments)
     guarded.__module__ = "__main__"
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)()
+
+
+def quieten() -> None:
+    """Silences what Lightning says in every run and nobody can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
 
 
 def fail(message: str) -> None:

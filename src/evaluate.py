@@ -37,7 +37,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     checkpoint = read_checkpoint(plain["ckpt_path"])
     trained = checkpoint["config"]
 
-    datamodule: StreamDataModule = instantiate(plain["data"] or trained["data"], "data")
+    datamodule: StreamDataModule = instantiate(plain.get("data") or trained["data"], "data")
     net = model_from_checkpoint(checkpoint)
     if net.vocab_size < datamodule.vocab_size:
         raise ConfigError(f"data: has ids up to {datamodule.vocab_size - 1}, the model knows {net.vocab_size}")
@@ -59,7 +59,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
 def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any]) -> L.Trainer:
     """One process with the device and precision of training, unless ``trainer`` says otherwise."""
-    settings = plain["trainer"] or {
+    settings = plain.get("trainer") or {
         "_target_": "lightning.Trainer",
         "accelerator": trained["trainer"].get("accelerator", "auto"),
         "precision": trained["trainer"].get("precision"),

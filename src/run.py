@@ -59,7 +59,8 @@ def run(config: DictConfig) -> dict[str, float]:
         trainer.save_checkpoint(output_dir / "checkpoints" / "final.ckpt")
     metrics = dict(trainer.callback_metrics)
     if plain["test"]:
-        trainer.test(module, datamodule, ckpt_path=None if plain["train"] else checkpoint, verbose=False)
+        weights = None if plain["train"] else checkpoint
+        trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
         metrics = dict(trainer.callback_metrics)
     result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
     record(output_dir, plain, net, datamodule, trainer, result, time.perf_counter() - started)

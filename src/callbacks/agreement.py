@@ -7,6 +7,8 @@ rank compares hashes before the first step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -27,8 +29,8 @@ class ConfigAgreement(Callback):
         config = {key: value for key, value in getattr(pl_module, "config", {}).items() if key not in _LOCAL}
         config["trainer"] = {k: v for k, v in config.get("trainer", {}).items() if k != "default_root_dir"}
         own = config_hash(config)
-        hashes = trainer.strategy.all_gather(torch.tensor(int(own, 16), dtype=torch.int64))
-        everyone = [f"{int(h):012x}" for h in torch.as_tensor(hashes).flatten()]
+        everyone: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(everyone, own)
         print(f"rank {trainer.global_rank}: config {own}", flush=True)
         if len(set(everyone)) > 1:
             raise ConfigError(

@@ -9,7 +9,7 @@ Config keys are the training tree's (``dim, n_layers, n_heads, ...``); weights m
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,12 +75,19 @@ _LAYER = {
 _TOP = {"embedding.weight": ["tok_embeddings.weight"], "norm.weight": ["norm.weight"], "head.weight": ["output.weight"]}
 
 
-def from_official(config: dict[str, Any], state_dict: dict[str, Tensor]) -> Backbone:
+def from_official(
+    config: dict[str, Any],
+    state_dict: dict[str, Tensor],
+    *,
+    rope_pairing: Literal["adjacent", "half_split"] = "adjacent",
+) -> Backbone:
     """Builds our model with the weights of an official Llama or LlamaCanon.
 
     Args:
         config: in the terms of the training tree; keys left out have its defaults.
         state_dict: the weights, under the training tree's or Hugging Face's names.
+        rope_pairing: which coordinates rotate together. The published checkpoints were trained with ``adjacent``, whatever
+            names they carry; ``half_split`` is for models trained under Hugging Face's own Llama.
 
     Returns:
         The model in evaluation mode.
@@ -101,7 +108,7 @@ def from_official(config: dict[str, Any], state_dict: dict[str, Tensor]) -> Back
         raise ValueError("canon_bias=True: the release refuses it as well")
 
     with torch.device("meta"):
-        net = _build_llama(settings)
+        net = _build_llama(settings, rope_pairing)
     source = {_training_name(name): weight for name, weight in state_dict.items()}
     target: dict[str, Tensor] = {}
     for name in net.state_dict():
@@ -164,10 +171,11 @@ def to_official(model: Backbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, weights
 
 
-def _build_llama(settings: dict[str, Any]) -> Backbone:
+def _build_llama(settings: dict[str, Any], pairing: Literal["adjacent", "half_split"]) -> Backbone:
     heads, dim = settings["n_heads"], settings["dim"]
     head_dim = settings["head_dim"] or dim // heads
-    position = RoPE(theta=settings["rope_theta"], dims=(settings["rope_dim"] or head_dim) / head_dim)
+    rotated = (settings["rope_dim"] or head_dim) / head_dim
+    position = RoPE(theta=settings["rope_theta"], pairing=pairing, dims=rotated)
 
     def mixer(dim: int, canon: CanonConfig, layer: int) -> Attention:
         return Attention(

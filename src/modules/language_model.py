@@ -104,15 +104,15 @@ class LanguageModel(L.LightningModule):
         with torch.no_grad():
             right = (logits.argmax(dim=-1) == targets).sum() * everyone / count.clamp(min=1)
             self._step_sums.append(torch.stack((mean.detach(), right.to(mean.dtype))))
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._log_step()
         return mean
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs the step that has just ended, if it is one to be logged."""
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return
+    def _log_step(self) -> None:
+        """Logs the optimizer step whose last micro-batch has just been read, if it is one to be logged."""
         loss, accuracy = torch.stack(self._step_sums).mean(dim=0)
         self._step_sums.clear()
-        if self.is_log_step(self.trainer.global_step):
+        if self.is_log_step(self.trainer.global_step + 1):
             self.log("train/loss", loss, prog_bar=True, sync_dist=True)
             self.log("train/token_accuracy", accuracy, prog_bar=True, sync_dist=True)
 
@@ -162,7 +162,9 @@ class LanguageModel(L.LightningModule):
     def _log_evaluation(self, split: str) -> None:
         evaluator = self._evaluator(split)
         for name, value in evaluator.compute().items():
-            self.log(f"{split}/{name}", value.float(), prog_bar=name in ("loss", "accuracy", "bits_per_byte"))
+            # The evaluator has already summed over ranks; sync_dist only tells Lightning that we know.
+            shown = name in ("loss", "accuracy", "bits_per_byte")
+            self.log(f"{split}/{name}", value.float(), prog_bar=shown, sync_dist=True)
         evaluator.reset()
 
     def _evaluator(self, split: str) -> Evaluator:

@@ -38,9 +38,9 @@ def print_table(variants: list[Variant], chance: dict[str, float]) -> None:
 
 
 def read_curve(folder: Path, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric in a run's ``metrics.csv``; steps count finished optimizer steps."""
+    """Steps and values of one metric in a run's ``csv/metrics.csv``; steps count finished optimizer steps."""
     steps, values = [], []
-    with (folder / "metrics.csv").open() as file:
+    with (folder / "csv" / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
             if row.get(metric):
                 steps.append(int(row["step"]) + 1)

@@ -3,16 +3,17 @@
     conv(x)[t, c] = sum_{j=0..K-1} weight[c, j] * x[t - (K-1) + j, c]          x[s] = 0 before the first token
     y             = act(conv(x) + bias)  (+ x with a residual)
 
-so tap K-1 multiplies the current token, as in a depthwise `Conv1d` padded on the left. Canon is K = 4 with the residual, without
-bias or activation (*Physics of Language Models, Part 4.1*).
+so tap K-1 multiplies the current token, as in a depthwise `Conv1d` padded on the left. Canon is K = 4 with the
+residual, without bias or activation (*Physics of Language Models, Part 4.1*).
 
 Legend: `B` batch, `T` time, `C` channels, `K` taps.
 
-Documents: with `segments` a tap that falls on a token of another document counts as zero. Tokens with a negative id are
-padding: they count as zero for every tap and for the residual, so that left-padded and unpadded runs agree.
+Documents: with `segments` a tap that falls on a token of another document counts as zero. Tokens with a negative id
+are padding: they count as zero for every tap and for the residual, so that left-padded and unpadded runs agree.
 
 Backends: `cpu` (float32 and float64 on the CPU, compiled by Numba, see causal_conv_cpu.py) and `torch`, the twin to
-check against the equation; it runs everywhere, under torch.compile and torch.func too, and can be differentiated twice.
+check against the equation, which runs everywhere, also under torch.compile and torch.func, and can be differentiated
+twice.
 """
 
 from typing import Literal, NamedTuple
@@ -67,28 +68,30 @@ def causal_conv(
         bias: `[C]`, added before the activation.
         activation: None or "silu"; applied to the convolution, not to the residual.
         residual: add x to the result.
-        segments: `[B, T]` integer document ids, constant within a document; negative ids mark padding. None = one document, id 0.
-        state: what the tokens before x left behind (`causal_conv_state` at the start); None when there are none and no state is
-            wanted. Gradients flow through it: detach it to cut them.
+        segments: `[B, T]` integer document ids, constant within a document; negative ids mark padding. None puts every
+            token in document 0.
+        state: what the tokens before x left behind, `causal_conv_state` at the start; None when nothing came before
+            and no state is wanted. Gradients flow through it: detach it to cut them.
         backend: "auto" for the fastest that can run, or a name; `used_backends()` tells which ran.
 
     Returns:
-        y `[B, T, C]`, contiguous, in the dtype of x (16-bit inputs are summed in float32), and the state after the last token,
-        or None if no state was given. The given state is left as it was.
+        y `[B, T, C]`, contiguous, in the dtype of x (16-bit inputs are summed in float32), and the state after the last
+        token, or None if no state was given. The given state is left as it was.
 
     Raises:
         TypeError: x or weight is not floating point, or segments are not integers.
         ValueError: a shape or device does not fit, or the activation or the backend does not exist.
         BackendUnavailableError: the backend named cannot run this call.
     """
-    _check(x, weight, bias, activation, segments, state)
+    _check(x, weight, bias=bias, activation=activation, segments=segments, state=state)
     # The residual joins the convolution itself unless an activation stands between the two.
-    y = _convolve(backend, x, weight, bias, residual and activation is None, segments, state)
+    inside = residual and activation is None
+    y = _convolve(backend, x, weight, bias=bias, residual=inside, segments=segments, state=state)
     if activation == "silu":
         y = F.silu(y)
         if residual:
             y = y + _without_padding(x, segments)
-    return y.to(x.dtype), None if state is None else _advance(state, x, segments)
+    return y.to(x.dtype).contiguous(), None if state is None else _advance(state, x, segments)
 
 
 def _advance(state: ConvState, x: Tensor, segments: Tensor | None) -> ConvState:
@@ -115,7 +118,7 @@ def _extended(x: Tensor, segments: Tensor | None, state: ConvState) -> tuple[Ten
 
 
 def _why_not_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, _residual: bool, segments: Tensor | None, _state: ConvState | None
+    x: Tensor, weight: Tensor, *, bias: Tensor | None, segments: Tensor | None, **_rest: object
 ) -> str | None:
     if torch.compiler.is_compiling():
         return 'torch.compile cannot trace it; use backend "torch"'
@@ -136,25 +139,22 @@ def _why_not_cpu(
 
 @_convolve.backend("cpu", why_not=_why_not_cpu)
 def _cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, segments: Tensor | None, state: ConvState | None
+    x: Tensor, weight: Tensor, *, bias: Tensor | None, residual: bool, segments: Tensor | None, state: ConvState | None
 ) -> Tensor:
     if x.numel() == 0:
-        return _twin(x, weight, bias, residual, segments, state)
-    from src.components.kernels.causal_conv_cpu import CausalConv  # imports Numba
+        return _twin(x, weight, bias=bias, residual=residual, segments=segments, state=state)
+    from src.components.kernels.causal_conv_cpu import convolve  # imports Numba
 
     history = 0
     if state is not None:
         history = state.inputs.shape[1]
         x, segments = _extended(x, segments, state)
-    elif segments is not None:
-        segments = segments.long().contiguous()
-    y = CausalConv.apply(x, weight, bias, residual, segments)
-    return y[:, history:].contiguous()
+    return convolve(x, weight, bias, residual, segments)[:, history:]
 
 
 @_convolve.backend("torch")
 def _twin(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, segments: Tensor | None, state: ConvState | None
+    x: Tensor, weight: Tensor, *, bias: Tensor | None, residual: bool, segments: Tensor | None, state: ConvState | None
 ) -> Tensor:
     """The equation as K shifted multiply-adds; returns the dtype it computes in, at least float32."""
     (time, taps), dtype = (x.shape[1], weight.shape[1]), torch.promote_types(x.dtype, weight.dtype)
@@ -180,6 +180,7 @@ def _twin(
 def _check(
     x: Tensor,
     weight: Tensor,
+    *,
     bias: Tensor | None,
     activation: str | None,
     segments: Tensor | None,

@@ -1,18 +1,19 @@
 """`causal_conv` on the CPU: one pass over memory forward, one backward, compiled by Numba.
 
-Legend: `B` batch, `T` time, `C` channels, `K` taps. Tensors are flattened to rows of C channels, row = b * T + t, and taps are
-numbered by distance: tap d multiplies the token d steps back. Both directions are then the same sweep over rows,
+Legend: `B` batch, `T` time, `C` channels, `K` taps. Tensors are flattened to rows of C channels, row = b * T + t, and
+taps are numbered by distance: tap d multiplies the token d steps back. Both directions are the same sweep over rows,
 
     forward    y[t]  = bias + sum_d w_d * x[t - d]         (+ x[t], folded into w_0)
     backward   dx[t] =        sum_d w_d * g[t + d]         and    dw_d = sum_t x[t] * g[t + d]
 
-with terms that cross a document or sequence boundary left out. Rows are swept in pieces of `_PIECE` elements, small enough
-for everything a piece touches to stay in the first-level cache; narrow rows are joined until they fill one piece.
+with terms that cross a document or sequence boundary left out. Rows are swept in pieces of `_PIECE` elements, so small
+that all a piece touches stays in the first-level cache; narrow rows are joined until they fill one piece.
 
-The rows are cut into tiles by the shape alone and each tile sums its own weight gradient, so the result has the same bits for every
-number of threads. Large tensors share their tiles out to Python threads (the kernels release the GIL); Numba's own
-parallel back ends are avoided because a process forked from one that has used them may be killed or deadlock.
+The rows are cut into tiles by the shape alone and each tile sums its own weight gradient, so the result has the same
+bits on any number of threads. Large tensors share their tiles out to Python threads (the kernels release the GIL).
+Numba's own parallel back ends are avoided: a process forked from one that has used them may be killed or deadlock.
 """
+# ruff: noqa: PLR0917  (compiled functions take positional arguments)
 
 import functools
 import os
@@ -95,7 +96,7 @@ def _four_products(sums, x, grad, at, column, n, step, width):
 
 @_compiled
 def _linked(segments, row, time, distance, length):
-    """Whether the token `distance` steps from `row`, the row of time step `time`, exists and is of the same document."""
+    """Whether the token `distance` steps from `row`, which is at time step `time`, exists and shares its document."""
     if time + distance < 0 or time + distance >= length:
         return False
     return segments.size == 0 or (segments[row] >= 0 and segments[row + distance] == segments[row])
@@ -120,12 +121,15 @@ def _free_rows(segments, row, limit, length, taps, direction):
 
 @_compiled
 def _sweep(out, source, table, x, sums, segments, first, last, length, channels, taps, direction):
-    """Compute rows `first` to `last` of `out`; where `sums` is not empty, also add up their share of the weight gradient.
+    """Compute rows `first` to `last` of `out` and, unless `sums` is empty, fill it with their weight gradients.
 
-    `table` and `sums` hold one line per tap and one for the bias (`sums` may lack that one), as wide as the rows joined in one go.
+    `table` and `sums` hold a line for each tap, by distance, and one for the bias (`sums` may do without); a line is
+    as wide as the rows that are swept at once.
     """
     width = table.size // (taps + 1)
     step = direction * channels
+    for k in range(sums.size):
+        sums[k] = 0.0
     row = first
     while row < last:
         free = _free_rows(segments, row, min(width // channels, last - row), length, taps, direction)
@@ -149,48 +153,94 @@ def _sweep(out, source, table, x, sums, segments, first, last, length, channels,
         row += rows
 
 
-class _Tiling(NamedTuple):
-    """How rows are joined and cut; a function of the shape only."""
+@_compiled
+def _fill_table(table, weight, bias, residual, channels, taps):
+    """Lay out weight [C * K] and bias [C] (or nothing) as `_sweep` wants them: by distance, once per joined row."""
+    joined = table.size // (taps + 1) // channels
+    for line in range(taps + 1):
+        for c in range(channels):
+            if line == taps:
+                value = bias[c] if bias.size else 0.0
+            else:
+                value = weight[c * taps + taps - 1 - line] + (1.0 if residual and line == 0 else 0.0)
+            for j in range(joined):
+                table[(line * joined + j) * channels + c] = value
 
+
+@_compiled
+def _collect(sums, dweight, dbias, channels, taps):
+    """Add up the tiles of `sums`, in order, then the joined rows, into dweight [C * K] and dbias [C] (or nothing)."""
+    tiles, width = sums.shape
+    total = sums[0]
+    for tile in range(1, tiles):
+        part = sums[tile]
+        for k in range(width):
+            total[k] += part[k]
+    lines = taps + 1 if dbias.size else taps
+    joined = width // lines // channels
+    for line in range(lines):
+        for c in range(channels):
+            value = total[line * joined * channels + c]
+            for j in range(1, joined):
+                value += total[(line * joined + j) * channels + c]
+            if line == taps:
+                dbias[c] = value
+            else:
+                dweight[c * taps + taps - 1 - line] = value
+
+
+class _Tiling(NamedTuple):
+    """How the rows of [B, T, C] are joined and cut; a function of the shape only."""
+
+    length: int  # T
+    channels: int  # C
     rows: int  # B * T
     joined: int  # narrow rows swept as one piece
     tile_rows: int
     tiles: int
-    elements: int
 
 
 def _tiling(x: Tensor) -> _Tiling:
-    batch, time, channels = x.shape
-    rows = batch * time
+    batch, length, channels = x.shape
+    rows = batch * length
     tile_rows = max(-(-_TILE // channels), -(-rows // _MAX_TILES))
-    return _Tiling(rows, max(1, _PIECE // channels), tile_rows, -(-rows // tile_rows), x.numel())
+    return _Tiling(length, channels, rows, max(1, _PIECE // channels), tile_rows, -(-rows // tile_rows))
 
 
-def _table(weight: Tensor, bias: Tensor | None, residual: bool, joined: int) -> Tensor:
-    """[C, K] -> [K + 1, joined, C]: taps by distance, then the bias, repeated for every row of a piece."""
+def _flat(tensor: Tensor | None, like: Tensor) -> np.ndarray:
+    """The tensor as one line, not copied if contiguous; None becomes an empty line."""
+    return (like.new_empty(0) if tensor is None else tensor.detach().contiguous()).numpy().reshape(-1)
+
+
+def _table(weight: Tensor, bias: Tensor | None, residual: bool, tiling: _Tiling) -> Tensor:
     channels, taps = weight.shape
-    table = weight.new_zeros(taps + 1, joined, channels)
-    table[:taps] = weight.flip(1).t().unsqueeze(1)
-    if residual:
-        table[0] += 1
-    if bias is not None:
-        table[taps] = bias
+    # Scratch comes from torch because it aligns memory to 64 bytes; the sweeps are a third slower on NumPy's 16.
+    table = weight.new_empty((taps + 1) * tiling.joined * channels)
+    # Copies: FSDP2 frees and refills the storage of its parameters, and a storage that NumPy has seen can never be resized.
+    own_weight, own_bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
+    _fill_table(table.numpy(), _flat(own_weight, weight), _flat(own_bias, weight), residual, channels, taps)
     return table
 
 
-class CausalConv(torch.autograd.Function):
-    """y [B, T, C] of x [B, T, C], weight [C, K], bias [C] or None, residual, segments int64 [B, T] or None."""
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, segments: Tensor | None) -> Tensor:
+    """conv(x) + bias (+ x), contiguous `[B, T, C]`, of a non-empty x `[B, T, C]`, weight `[C, K]` and bias `[C]`.
 
+    Tensors are plain, on the CPU and of one dtype, float32 or float64; segments are `[B, T]` ids of any integer dtype.
+    """
+    if segments is not None:
+        segments = segments.long().contiguous()
+    return _CausalConv.apply(x.contiguous(), weight, bias, residual, segments)
+
+
+class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, segments: Tensor | None
     ) -> Tensor:
-        x = x.contiguous()
         ctx.save_for_backward(x, weight, segments)
         ctx.residual = residual
-        tiling, y, none = _tiling(x), torch.empty_like(x), x.new_empty(0)
-        table = _table(weight, bias, residual, tiling.joined)
-        _run(tiling, x.shape, weight.shape[1], -1, y, x, table, none, x.new_empty(tiling.tiles, 0), segments)
+        tiling, y = _tiling(x), torch.empty_like(x)
+        _run(tiling, -1, y, x, _table(weight, bias, residual, tiling), None, x.new_empty(tiling.tiles, 0), segments)
         return y
 
     @staticmethod
@@ -198,54 +248,57 @@ class CausalConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, segments = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        (channels, taps), tiling, grad = weight.shape, _tiling(x), grad.contiguous()
+        tiling, (channels, taps) = _tiling(x), weight.shape
         lines = taps + 1 if needs_bias else taps if needs_weight else 0
-        dx, sums = torch.empty_like(x), x.new_zeros(tiling.tiles, lines * tiling.joined * channels)
-        _run(tiling, x.shape, taps, 1, dx, grad, _table(weight, None, ctx.residual, tiling.joined), x, sums, segments)
-        # NumPy adds the tiles up one after another; torch.sum would order them by the number of threads.
-        total = torch.from_numpy(sums.numpy().sum(0).reshape(lines, tiling.joined, channels).sum(1))
-        dweight = total[:taps].flip(0).t().contiguous() if needs_weight else None
-        return dx if needs_x else None, dweight, total[taps] if needs_bias else None, None, None
+        dx, sums = torch.empty_like(x), x.new_empty(tiling.tiles, lines * tiling.joined * channels)
+        _run(tiling, 1, dx, grad.contiguous(), _table(weight, None, ctx.residual, tiling), x, sums, segments)
+        dweight, dbias = torch.empty_like(weight, memory_format=torch.contiguous_format), None
+        if lines:
+            dbias = weight.new_empty(channels) if needs_bias else None
+            _collect(sums.numpy(), _flat(dweight, x), _flat(dbias, x), channels, taps)
+        return dx if needs_x else None, dweight if needs_weight else None, dbias, None, None
 
 
 def _run(
     tiling: _Tiling,
-    shape: torch.Size,
-    taps: int,
     direction: int,
     out: Tensor,
     source: Tensor,
     table: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     sums: Tensor,
     segments: Tensor | None,
 ) -> None:
     """Sweep every tile, on as many threads as torch may use."""
-    flat_out, flat_source, flat_table, flat_x = (t.detach().view(-1).numpy() for t in (out, source, table, x))
-    partial = sums.numpy()
-    ids = np.empty(0, np.int64) if segments is None else segments.view(-1).numpy()
-    _, length, channels = shape
+    out_, source_, table_, x_ = _flat(out, out), _flat(source, out), _flat(table, out), _flat(x, out)
+    ids = np.empty(0, np.int64) if segments is None else _flat(segments, out)
+    length, channels, rows, joined, tile_rows, tiles = tiling
+    taps = table_.size // (joined * channels) - 1
+    parts = sums.numpy()
 
     def sweep(tile: int) -> None:
-        first = tile * tiling.tile_rows
-        last = min(first + tiling.tile_rows, tiling.rows)
-        _sweep(
-            flat_out, flat_source, flat_table, flat_x, partial[tile], ids, first, last, length, channels, taps, direction
-        )
+        first = tile * tile_rows
+        last = min(first + tile_rows, rows)
+        _sweep(out_, source_, table_, x_, parts[tile], ids, first, last, length, channels, taps, direction)
 
-    helpers = min(torch.get_num_threads(), tiling.tiles) - 1 if tiling.elements >= _SERIAL_BELOW else 0
-    todo = deque(range(tiling.tiles))
+    helpers = min(torch.get_num_threads(), tiles) - 1 if out.numel() >= _SERIAL_BELOW else 0
+    _share(sweep, tiles, helpers)
+
+
+def _share(work: Callable[[int], None], tasks: int, helpers: int) -> None:
+    """Do every task once, on this thread and up to `helpers` others."""
+    todo = deque(range(tasks))
 
     def drain(take: Callable[[], int]) -> None:
         while True:
             try:
-                tile = take()
+                task = take()
             except IndexError:
                 return
-            sweep(tile)
+            work(task)
 
-    # Helpers work from the far end: a core then tends to meet the same part of a tensor in one operation after the other.
-    # A helper that has not started when the tiles run out is called off, so a busy pool delays nothing and cannot deadlock.
+    # Helpers take from the far end: a core then tends to meet the same part of a tensor in one operation after another.
+    # A helper that has not started when the tasks run out is called off: a busy pool delays nothing, never deadlocks.
     futures = [_pool().submit(drain, todo.pop) for _ in range(helpers)]
     drain(todo.popleft)
     for future in futures:

@@ -1,9 +1,9 @@
 """Which implementation of an operation runs: a table of named backends for each operation.
 
-An operation (`causal_conv`, `gla`, `attention`, ...) registers its backends from the fastest to the most general. Each brings
-the function that computes it and a predicate `why_not`, called with the same arguments, which returns None when the backend can run
-this call and otherwise one sentence saying why not and what to install or change. `backend="auto"` takes the first that can run;
-a backend asked for by name runs or raises.
+An operation (`causal_conv`, `gla`, `attention`, ...) registers its backends from the fastest to the most general.
+Each brings the function that computes it and a predicate `why_not`, called with the same arguments, which returns None
+when the backend can run this call and otherwise one sentence: why not, and what to install or change. `"auto"` takes
+the first that can run; a backend asked for by name runs or raises.
 
     scan = Operation("scan")
 

@@ -234,7 +234,7 @@ class TestFingerprint:
         seen.add(TextFiles(root, pattern="*.txt").fingerprint())
         write(root / "a.txt", "aab")
         seen.add(TextFiles(root).fingerprint())
-        (root / "a.txt").rename(root / "z.txt")
+        (root / "a.txt").rename(root / "aa.txt")  # still the first
         seen.add(TextFiles(root).fingerprint())
         write(root / "new.txt", "n")
         seen.add(TextFiles(root).fingerprint())

@@ -69,6 +69,14 @@ def test_the_smallest_hash_moves_and_a_warning_says_so():
         assert plan_splits(list(reversed(names)), SplitShares()).moved == plan.moved
 
 
+def test_the_split_with_the_smallest_hash_gives():
+    shares = SplitShares(0.001, 0.5)
+    smallest = min(documents(40), key=lambda d: hash_unit(d.name))
+    assert shares.of(smallest.name) == "test"
+    with pytest.warns(UserWarning, match="val split"):
+        assert plan_splits(documents(40), shares).moved == {smallest.name: "val"}
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_documents(count):
     with pytest.raises(CorpusError, match=rf"{count} document\(s\).*one each"):

@@ -130,6 +130,7 @@ class TestContent:
         prepare(TextFiles(folder), BYTES, tmp_path / "cache", progress=lines.append)
         assert [line.split()[0] for line in lines] == ["preparing", "80", "tokenised", lines[-1].split()[0]]
         assert "bytes per token" in lines[-1]
+        prepare(TextFiles(folder), BYTES, tmp_path / "quiet")
         assert capsys.readouterr().out == ""
 
 

@@ -97,7 +97,7 @@ class TestExactness:
 
 
 def test_pieces_end_with_lines():
-    assert list(module._pieces("ab\ncd\nefghijk\nl", 6)) == ["ab\ncd\n", "efghij", "k\nl"]
+    assert list(module._pieces("ab\ncd\nefghijk\nl", 7)) == ["ab\ncd\n", "efghijk", "\nl"]
     assert list(module._pieces("abc", 3)) == ["abc"]
     assert list(module._pieces("", 3)) == [""]
 
@@ -176,6 +176,8 @@ class TestExistingTokenizers:
         path = self.save(tmp_path / "t.json", ["<start>", "<stop>", "</s>"])
         tokenizer = Tokenizer.load(path, bos="<start>", eos="<stop>")
         assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
+        ordinary = Tokenizer.load(path, bos="a", eos="<stop>")
+        assert ordinary.bytes_per_token.tolist() == [0, 1, 0, 0, 0]
         with pytest.raises(CorpusError, match=r"none of the usual names for its BOS.*bos=.*<start> <stop> </s>"):
             Tokenizer.load(path)
         with pytest.raises(CorpusError, match="no token '<end>' for its EOS"):

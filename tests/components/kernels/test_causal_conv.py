@@ -1,0 +1,514 @@
+"""The causal convolution: by hand, against Conv1d, backend against backend; documents, state, threads, forks."""
+
+import multiprocessing
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from src.components.kernels import (
+    BackendUnavailableError,
+    ConvState,
+    Operation,
+    causal_conv,
+    causal_conv_cpu,
+    causal_conv_state,
+    used_backends,
+)
+
+BACKENDS = ["cpu", "torch"]
+ROOT = Path(__file__).resolve().parents[3]
+
+both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(grad)
+
+
+def conv(x: Tensor, weight: Tensor, **options) -> Tensor:
+    y, state = causal_conv(x, weight, **options)
+    assert state is None
+    return y
+
+
+def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y, inputs, rand(*y.shape, seed=9, dtype=y.dtype))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------- the equation
+
+
+@both
+def test_last_tap_multiplies_the_current_token(backend):
+    x = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0]).view(1, 5, 1)
+    weight = torch.tensor([[4.0, 3.0, 2.0, 1.0]])  # oldest ... current
+    y = conv(x, weight, residual=False, backend=backend)
+    assert y.flatten().tolist() == [1, 12, 123, 1234, 12340]
+    y = conv(x, weight, residual=True, backend=backend)
+    assert y.flatten().tolist() == [2, 22, 223, 2234, 22340]
+
+
+@both
+@pytest.mark.parametrize("taps", range(1, 7))
+@pytest.mark.parametrize("time", [1, 2, 3, 4, 7, 33])
+@pytest.mark.parametrize("channels", [1, 6, 600])
+def test_equals_conv1d(backend, taps, time, channels):
+    x, weight, bias = rand(3, time, channels, grad=True), rand(channels, taps, grad=True), rand(channels, grad=True)
+    y = conv(x, weight, bias=bias, residual=False, backend=backend)
+    expected = F.conv1d(F.pad(x.mT, (taps - 1, 0)), weight.unsqueeze(1), bias, groups=channels).mT
+    torch.testing.assert_close(y, expected)
+    for got, wanted in zip(gradients(y, x, weight, bias), gradients(expected, x, weight, bias), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@both
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_activation_comes_before_the_residual(backend, residual, activation):
+    x, weight, bias = rand(2, 9, 5), rand(5, 4), rand(5)
+    plain = conv(x, weight, bias=bias, residual=False, backend=backend)
+    expected = (F.silu(plain) if activation else plain) + (x if residual else 0)
+    got = conv(x, weight, bias=bias, residual=residual, activation=activation, backend=backend)
+    torch.testing.assert_close(got, expected)
+
+
+@both
+def test_zero_weights_leave_the_residual_untouched(backend):
+    x = rand(2, 70, 24, dtype=torch.float32)
+    assert torch.equal(conv(x, torch.zeros(24, 4), backend=backend), x)
+
+
+@both
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("taps", [1, 3, 4, 5])
+def test_gradcheck(backend, residual, taps):
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2], [-1, -1, 3, 3, 3, 3, 3, 3, 3, -1]])
+    x, weight, bias = rand(2, 10, 3, grad=True), rand(3, taps, grad=True), rand(3, grad=True)
+
+    def run(x, weight, bias, segments):
+        return conv(x, weight, bias=bias, residual=residual, segments=segments, activation="silu", backend=backend)
+
+    assert torch.autograd.gradcheck(lambda x, weight, bias: run(x, weight, bias, None), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda x, weight, bias: run(x, weight, bias, ids), (x, weight, bias))
+
+
+@both
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (1, 1, 0)])
+def test_gradients_of_some_inputs_only(backend, wanted):
+    every = [rand(2, 40, 7, grad=True), rand(7, 4, grad=True), rand(7, grad=True)]
+    reference = gradients(conv(every[0], every[1], bias=every[2], backend="torch"), *every)
+    some = [t.detach().requires_grad_(bool(flag)) for t, flag in zip(every, wanted, strict=True)]
+    conv(some[0], some[1], bias=some[2], backend=backend).backward(rand(2, 40, 7, seed=9))
+    for tensor, gradient, flag in zip(some, reference, wanted, strict=True):
+        if flag:
+            torch.testing.assert_close(tensor.grad, gradient)
+        else:
+            assert tensor.grad is None
+
+
+@st.composite
+def cases(draw):
+    """Shapes on both sides of every threshold, and ids that repeat, alternate and pad."""
+    batch, time, taps = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 6))
+    channels = draw(st.sampled_from([1, 2, 5, 64, 200, 513, 1100]))
+    ids = draw(st.none() | st.lists(st.integers(-1, 2), min_size=batch * time, max_size=batch * time))
+    runs = draw(st.integers(1, 9))  # how long an id lasts
+    if ids is not None:
+        ids = torch.tensor(ids).view(batch, time).repeat_interleave(runs, 1)[:, :time]
+    return batch, time, channels, taps, ids, draw(st.booleans())
+
+
+@given(cases())
+@settings(max_examples=150, deadline=None)
+def test_cpu_equals_its_twin(case):
+    batch, time, channels, taps, ids, residual = case
+    results = {}
+    for backend in BACKENDS:
+        inputs = rand(batch, time, channels, grad=True), rand(channels, taps, grad=True), rand(channels, grad=True)
+        y = conv(inputs[0], inputs[1], bias=inputs[2], residual=residual, segments=ids, backend=backend)
+        results[backend] = y, *gradients(y, *inputs)
+    for got, wanted in zip(results["cpu"], results["torch"], strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_float32_sums_stay_accurate_over_many_tokens():
+    x, weight = rand(4, 5000, 16, dtype=torch.float32, grad=True), rand(16, 4, dtype=torch.float32, grad=True)
+    (got,) = gradients(conv(x, weight, backend="cpu"), weight)
+    (exact,) = torch.autograd.grad(
+        conv(x.double(), weight64 := weight.detach().double().requires_grad_(), backend="torch"),
+        weight64,
+        rand(4, 5000, 16, seed=9, dtype=torch.float32).double(),
+    )
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- documents and padding
+
+
+@both
+@pytest.mark.parametrize("lengths", [(5, 1, 2, 12), (1, 1, 1, 17), (20,), (3, 17)])
+def test_segments_equal_separate_runs(backend, lengths):
+    x, weight = rand(2, 20, 33, grad=True), rand(33, 4, grad=True)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+    packed = conv(x, weight, segments=ids, backend=backend)
+    separate = torch.cat([conv(part, weight, backend=backend) for part in x.split(list(lengths), 1)], 1)
+    torch.testing.assert_close(packed, separate)
+    for got, wanted in zip(gradients(packed, x, weight), gradients(separate, x, weight), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16])
+def test_one_document_equals_no_segments(backend, dtype):
+    x, weight = rand(2, 90, 8), rand(8, 4)
+    ids = torch.full((2, 90), 7, dtype=dtype)
+    assert torch.equal(conv(x, weight, segments=ids, backend=backend), conv(x, weight, backend=backend))
+
+
+@both
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_left_padding_changes_nothing_and_never_leaks(backend, activation):
+    x, weight, bias = rand(1, 12, 6), rand(6, 4), rand(6)
+    padded = torch.cat([torch.full((1, 5, 6), torch.nan, dtype=x.dtype), x], 1).requires_grad_()
+    ids = torch.tensor([[-1] * 5 + [0] * 12])
+    weight.requires_grad_()
+    y = conv(padded, weight, bias=bias, activation=activation, segments=ids, backend=backend)
+    torch.testing.assert_close(y[:, 5:], conv(x, weight, bias=bias, activation=activation, backend=backend))
+    empty = F.silu(bias) if activation else bias
+    torch.testing.assert_close(y[:, :5], empty.expand(1, 5, 6))
+    dx, dweight = gradients(y, padded, weight)
+    assert not dx[:, :5].any()
+    assert dx.isfinite().all()
+    assert dweight.isfinite().all()
+
+
+@both
+def test_padding_in_the_middle_counts_as_zero(backend):
+    x, weight = rand(1, 6, 2), rand(2, 3)
+    ids = torch.tensor([[0, 0, -2, 0, -1, -1]])
+    y = conv(x, weight, segments=ids, backend=backend)
+    real = ids[0] >= 0
+    torch.testing.assert_close(y[:, real], conv(x * real[:, None], weight, backend=backend)[:, real])
+    assert not y[:, ~real].any()
+
+
+# ----------------------------------------------------------------------------------------------------------- state
+
+
+@st.composite
+def splits(draw):
+    time = draw(st.integers(1, 24))
+    cuts = sorted(draw(st.lists(st.integers(0, time), max_size=8)))
+    sizes = [b - a for a, b in zip([0, *cuts], [*cuts, time], strict=True)]
+    ids = draw(st.none() | st.lists(st.integers(-1, 2), min_size=2 * time, max_size=2 * time))
+    if ids is not None:
+        ids = torch.tensor(ids).view(2, time).repeat_interleave(draw(st.integers(1, 5)), 1)[:, :time]
+    return time, sizes, ids
+
+
+@both
+@given(case=splits(), taps=st.integers(1, 6), activation=st.sampled_from([None, "silu"]))
+@settings(max_examples=60, deadline=None)
+def test_any_split_equals_one_call(backend, case, taps, activation):
+    time, sizes, ids = case
+    x, weight, bias = rand(2, time, 5, grad=True), rand(5, taps, grad=True), rand(5, grad=True)
+    options = {"bias": bias, "activation": activation, "backend": backend}
+    state: ConvState | None = causal_conv_state(2, 5, taps, dtype=x.dtype)
+    pieces = []
+    id_parts = [None] * len(sizes) if ids is None else ids.split(sizes, 1)
+    for part, part_ids in zip(x.split(sizes, 1), id_parts, strict=True):
+        y, state = causal_conv(part, weight, segments=part_ids, state=state, **options)
+        pieces.append(y)
+    whole = conv(x, weight, segments=ids, **options)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    for got, wanted in zip(
+        gradients(torch.cat(pieces, 1), x, weight, bias), gradients(whole, x, weight, bias), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@both
+def test_state_is_the_last_inputs_and_is_not_changed_in_place(backend):
+    x, weight = rand(1, 6, 2), rand(2, 4)
+    start = causal_conv_state(1, 2, 4, dtype=x.dtype)
+    _, first = causal_conv(x[:, :2], weight, state=start, backend=backend)
+    _, second = causal_conv(x[:, 2:], weight, state=first, segments=torch.tensor([[1, 1, -1, 1]]), backend=backend)
+    assert first is not None
+    assert second is not None
+    assert not start.inputs.any()
+    assert start.segments.tolist() == [[-1, -1, -1]]
+    assert torch.equal(first.inputs, torch.cat([torch.zeros(1, 1, 2), x[:, :2]], 1))
+    assert first.segments.tolist() == [[-1, 0, 0]]
+    assert torch.equal(second.inputs, torch.stack([x[:, 3], torch.zeros(1, 2), x[:, 5]], 1))
+    assert second.segments.tolist() == [[1, -1, 1]]
+
+
+def test_state_does_not_keep_a_long_prompt_alive():
+    _, state = causal_conv(rand(1, 1000, 4), rand(4, 4), state=causal_conv_state(1, 4, 4, dtype=torch.float64))
+    assert state is not None
+    assert state.inputs.untyped_storage().nbytes() < 10 * 4 * 8
+
+
+@both
+def test_a_new_document_does_not_see_the_old_state(backend):
+    x, weight = rand(2, 5, 3), rand(3, 4)
+    _, state = causal_conv(rand(2, 4, 3, seed=1), weight, state=causal_conv_state(2, 3, 4), backend=backend)
+    y, _ = causal_conv(x, weight, state=state, segments=torch.full((2, 5), 1), backend=backend)
+    torch.testing.assert_close(y, conv(x, weight, backend=backend))
+
+
+# ------------------------------------------------------------------------------------------- memory, types, shapes
+
+
+@both
+def test_any_memory_layout(backend):
+    wide, weight = rand(3, 50, 40, grad=True), rand(4, 10, grad=True)  # the weight is used transposed
+    base = {
+        "channel slice": wide[..., 7:17],
+        "time step of two": wide[:, ::2, :10],
+        "transposed": wide[:, :10].transpose(1, 2),
+        "expanded": wide[:1, :, :10].expand(3, -1, -1),
+    }
+    for name, x in base.items():
+        y = conv(x, weight.t(), backend=backend)
+        expected = conv(x.contiguous(), weight.t().contiguous(), backend="torch")
+        assert y.is_contiguous(), name
+        torch.testing.assert_close(y, expected, msg=name)
+        for loss, wanted in ((y.sum(), expected.sum()), ((y.mT * 2).mT.square().sum(), (expected * 2).square().sum())):
+            for a, b in zip(
+                torch.autograd.grad(loss, (wide, weight), retain_graph=True),
+                torch.autograd.grad(wanted, (wide, weight), retain_graph=True),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, msg=name)
+
+
+@both
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 5, 3), (2, 5, 0)])
+def test_empty_inputs(backend, shape):
+    x, weight = rand(*shape, grad=True), rand(shape[2], 4, grad=True)
+    state = causal_conv_state(shape[0], shape[2], 4, dtype=x.dtype)
+    y, after = causal_conv(x, weight, state=state, backend=backend)
+    y.sum().backward()
+    assert y.shape == shape
+    assert after is not None
+    assert after.inputs.shape == state.inputs.shape
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameters", [torch.float32, None])
+def test_half_precision_sums_in_float32(dtype, parameters):
+    x = rand(2, 30, 8, dtype=torch.float32).to(dtype)
+    weight = rand(8, 4, dtype=torch.float32).to(parameters or dtype)
+    y = conv(x, weight)
+    assert y.dtype == dtype
+    assert torch.equal(y, conv(x.float(), weight.float(), backend="torch").to(dtype))
+
+
+def test_torch_twin_differentiates_twice_and_cpu_says_it_cannot():
+    inputs = rand(1, 5, 2, grad=True), rand(2, 3, grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, w: conv(x, w, backend="torch"), inputs)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(conv(*inputs, backend="cpu").square().sum(), inputs, create_graph=True)[0].sum().backward()
+
+
+def test_torch_func_takes_the_twin():
+    x, weight = rand(3, 5, 2), rand(2, 3)
+    per_example = torch.func.vmap(torch.func.grad(lambda w, x: conv(x[None], w).square().sum()), (None, 0))(weight, x)
+    weight.requires_grad_()
+    torch.testing.assert_close(per_example.sum(0), torch.autograd.grad(conv(x, weight).square().sum(), weight)[0])
+
+
+def test_compiles_to_one_graph_that_is_kept():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x, w: causal_conv(x, w, segments=ids)[0], backend=counter, fullgraph=True)
+    x, weight, ids = rand(2, 9, 4), rand(4, 4), torch.tensor([[0] * 4 + [1] * 5] * 2)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, weight), conv(x, weight, segments=ids, backend="cpu"))
+    assert counter.frame_count == 1
+    assert "torch" in used_backends()["causal_conv"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(4, 6)}, ValueError, r"x must be \[B, T, C\]"),
+        ({"x": torch.zeros(2, 4, 6, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"weight": torch.zeros(5, 4)}, ValueError, r"\[6, at least 1\]; got \(5, 4\)"),
+        ({"weight": torch.zeros(6, 0)}, ValueError, "at least 1"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias must be \[C\] = \[6\]"),
+        ({"activation": "relu"}, ValueError, "'relu'"),
+        ({"segments": torch.zeros(2, 4)}, TypeError, "integers"),
+        ({"segments": torch.zeros(2, 5, dtype=torch.int64)}, ValueError, r"\[2, 4\]; got \(2, 5\)"),
+        ({"state": causal_conv_state(2, 6, 3)}, ValueError, r"\[2, 3, 6\]; got \(2, 2, 6\)"),
+        ({"weight": torch.zeros(6, 4, device="meta")}, ValueError, "weight is on meta"),
+    ],
+)
+def test_bad_inputs(change, error, message):
+    call = {"x": torch.zeros(2, 4, 6), "weight": torch.zeros(6, 4)} | change
+    with pytest.raises(error, match=message):
+        causal_conv(**call)
+
+
+# ------------------------------------------------------------------------------------------- threads and processes
+
+
+def big_case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight = rand(3, 700, 520, dtype=torch.float32, grad=True), rand(520, 4, dtype=torch.float32, grad=True)
+    assert x.numel() > causal_conv_cpu._SERIAL_BELOW
+    ids = (torch.arange(700) // 97).expand(3, -1)
+    return x, weight, ids, rand(3, 700, 520, seed=1, dtype=torch.float32)
+
+
+def outputs(x: Tensor, weight: Tensor, ids: Tensor, grad: Tensor) -> list[np.ndarray]:
+    y = conv(x, weight, segments=ids, backend="cpu")
+    return [t.detach().numpy() for t in (y, *torch.autograd.grad(y, (x, weight), grad))]
+
+
+def test_same_bits_on_any_number_of_threads(threads, monkeypatch):
+    shared = []
+    share = causal_conv_cpu._share
+    monkeypatch.setattr(causal_conv_cpu, "_share", lambda *args: (shared.append(args[2]), share(*args)))
+    case = big_case()
+    threads(1)
+    alone = outputs(*case)
+    for count in (2, 3, 5):
+        threads(count)
+        for one, many in zip(alone, outputs(*case), strict=True):
+            assert np.array_equal(one, many)
+    assert shared == [0, 0, 1, 1, 2, 2, 4, 4]
+
+
+def test_calls_from_several_threads_at_once(threads):
+    threads(2)
+    case = big_case()
+    expected = outputs(*case)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: outputs(*case), range(8)):
+            assert all(map(np.array_equal, result, expected))
+
+
+def test_an_error_in_a_helper_reaches_the_caller():
+    def work(task: int) -> None:
+        if task == 40:
+            raise ArithmeticError("tile 40")
+
+    with pytest.raises(ArithmeticError, match="tile 40"):
+        causal_conv_cpu._share(work, 50, 3)
+
+
+def _in_child(queue, *case: Tensor) -> None:
+    queue.put((torch.get_num_threads(), [array.sum() for array in outputs(*case)]))
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this platform cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_child_has_threads_of_its_own(threads):
+    threads(2)
+    case = big_case()
+    case[0].detach().mul(1.0)  # PyTorch's own threads exist before the fork as well
+    expected = [array.sum() for array in outputs(*case)]
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_in_child, args=(queue, *case), daemon=True)
+    child.start()
+    child.join(30)
+    stuck = child.is_alive()
+    if stuck:
+        child.kill()
+    assert not stuck
+    assert child.exitcode == 0
+    assert queue.get() == (2, expected)
+
+
+def test_importing_the_package_does_not_import_numba():
+    program = "import sys, src.components.kernels; print([m for m in ('numba', 'fla', 'triton') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_compiles_without_a_writable_cache(monkeypatch):
+    njit = numba.njit
+
+    def read_only(*args, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **options)
+
+    monkeypatch.setattr(numba, "njit", read_only)
+    double = causal_conv_cpu._compiled(lambda x: 2 * x)
+    assert double(21) == 42
+
+
+# -------------------------------------------------------------------------------------------------------- registry
+
+
+def test_unknown_backend_lists_what_exists():
+    with pytest.raises(ValueError, match=r"no backend 'cuda'; choose one of 'auto', 'cpu', 'torch'"):
+        conv(rand(1, 2, 3), rand(3, 4), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "reason"),
+    [
+        (torch.zeros(1, 2, 3, dtype=torch.bfloat16), torch.zeros(3, 4, dtype=torch.bfloat16), "bfloat16"),
+        (torch.zeros(1, 2, 3), torch.zeros(3, 4, dtype=torch.float64), "parameter"),
+        (torch.zeros(1, 2, 3, device="meta"), torch.zeros(3, 4, device="meta"), "meta"),
+    ],
+)
+def test_unavailable_backend_says_why_and_auto_goes_on(x, weight, reason):
+    with pytest.raises(BackendUnavailableError, match=f"backend 'cpu' cannot run this call: .*{reason}.*use backend"):
+        conv(x, weight, backend="cpu")
+    assert conv(x, weight).shape == (1, 2, 3)
+
+
+def test_auto_takes_the_first_that_can_and_is_recorded():
+    operation = Operation("test_scan")
+
+    @operation.backend("fast", why_not=lambda x, **_: "x is odd; add one" if x % 2 else None)
+    def fast(x, *, offset):
+        return "fast", x + offset
+
+    @operation.backend("general", why_not=lambda x, **_: "x is negative; negate it" if x < 0 else None)
+    def general(x, *, offset):
+        return "general", x + offset
+
+    assert operation("auto", 3, offset=1) == ("general", 4)
+    assert operation("auto", 2, offset=1) == ("fast", 3)
+    assert operation("general", 2, offset=1) == ("general", 3)
+    assert used_backends()["test_scan"] == ("general", "fast")
+    with pytest.raises(BackendUnavailableError, match=r"fast: x is odd; add one.*general: x is negative; negate it"):
+        operation("auto", -3, offset=1)
+    with pytest.raises(BackendUnavailableError, match="backend 'fast' cannot run this call: x is odd; add one"):
+        operation("fast", 3, offset=1)
+    for taken in ("fast", "auto"):
+        with pytest.raises(ValueError, match="taken; registered: 'fast', 'general'"):
+            operation.backend(taken)
+
+
+def test_default_on_the_cpu():
+    x, weight = rand(1, 3, 2), rand(2, 4)
+    assert torch.equal(conv(x, weight), conv(x, weight, backend="cpu"))
+    assert "cpu" in used_backends()["causal_conv"]

@@ -1,0 +1,105 @@
+"""Every choice of every config group composes and builds; every experiment runs."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from src.build import CONFIG_DIR
+from src.comparison import variants
+from src.config import ConfigError, check, instantiate, to_plain
+from src.datamodules.base import StreamDataModule
+from src.run import checked, run
+from tests.runs import TINY, compose_run
+
+GROUPS = ["data", "model", "size", "position", "optimizer", "scheduler", "trainer", "callbacks", "logger", "paths", "debug"]
+BASES = {("model", "base"), ("data", "task"), ("data", "text")}  # what others build on; nothing by themselves
+CHOICES = [(g, p.stem) for g in GROUPS for p in sorted((CONFIG_DIR / g).glob("*.yaml")) if (g, p.stem) not in BASES]
+EXPERIMENTS = sorted(p.relative_to(CONFIG_DIR / "experiment").with_suffix("") for p in (CONFIG_DIR / "experiment").rglob("*.yaml"))
+NEEDS_PACKAGE = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard"}
+# Arguments that a user has to give.
+ALSO = {("data", "text_files"): ["data.path=."]}
+# Shrinks any experiment: data of every kind have a batch and evaluation sets.
+SHORT = ["trainer=cpu", "trainer.max_steps=2", "trainer.val_check_interval=1", "data.batch_size=2", "scheduler.warmup_steps=1"]
+
+
+def test_every_group_is_tested():
+    folders = {p.name for p in CONFIG_DIR.iterdir() if p.is_dir() and any(p.glob("*.yaml"))}
+    assert folders == {*GROUPS, "experiment", "hparams_search", "hydra"}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: v)
+def test_every_choice_composes_and_fits_the_signatures(group, choice, tmp_path):
+    config = compose_run(tmp_path, f"{group}={choice}", *ALSO.get((group, choice), []))
+    plain = to_plain(config)
+    plain["model"]["vocab_size"] = 10
+    for section in ("data", "model", "optimizer", "scheduler", "loss", "trainer", "callbacks", "logger"):
+        check(plain[section], section, {"callbacks", "logger"} if section == "trainer" else None)
+
+
+@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "logger"])
+def test_every_logger_builds(choice, tmp_path):
+    if choice in NEEDS_PACKAGE and not find_spec(NEEDS_PACKAGE[choice]):
+        config = to_plain(compose_run(tmp_path, f"logger={choice}"))
+        with pytest.raises(ConfigError, match=choice):
+            instantiate(config["logger"][choice], f"logger.{choice}")
+        return
+    extra = ["logger.wandb.offline=true"] if choice == "wandb" else []
+    config = to_plain(compose_run(tmp_path, f"logger={choice}", f"paths.log_dir={tmp_path}", *extra))
+    for name, node in config["logger"].items():
+        instantiate(node, f"logger.{name}")
+
+
+@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "data"])
+def test_every_data_module_builds(choice, tmp_path):
+    config = to_plain(compose_run(tmp_path, f"data={choice}", *ALSO.get(("data", choice), [])))
+    assert isinstance(instantiate(config["data"], "data"), StreamDataModule)
+
+
+@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "trainer"])
+def test_every_trainer_is_named_in_the_help(choice, tmp_path):
+    assert to_plain(compose_run(tmp_path, f"trainer={choice}"))["trainer"]["_target_"] == "lightning.Trainer"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
+def test_every_experiment_runs_two_steps(experiment, tmp_path, monkeypatch):
+    config = compose_run(tmp_path, f"experiment={experiment}", *SHORT, f"paths.data_dir={tmp_path / 'data'}")
+    overrides = [[]] if config.compare is None else list(config.compare.values())
+    for i, own in enumerate(overrides):
+        variant = compose_run(
+            tmp_path / str(i), f"experiment={experiment}", *SHORT, f"paths.data_dir={tmp_path / 'data'}", *own, "compare=null"
+        )
+        metrics = run(variant)
+        assert all(name.split("/")[0] in ("val", "test") for name in metrics)
+        assert metrics["test/loss"] > 0
+
+
+@pytest.mark.parametrize("choice", sorted(p.stem for p in (CONFIG_DIR / "hparams_search").glob("*.yaml")))
+def test_every_search_composes(choice, tmp_path):
+    if not find_spec("hydra_plugins") or not find_spec("hydra_plugins.hydra_optuna_sweeper"):
+        pytest.skip("hydra-optuna-sweeper is not installed")
+    assert compose_run(tmp_path, f"hparams_search={choice}").optimized_metric
+
+
+def test_the_default_configuration_is_valid(tmp_path):
+    assert checked(compose_run(tmp_path, "trainer=cpu"))["model"]["dim"] == 64
+
+
+def test_comparison_variants_differ_only_in_their_overrides(tmp_path):
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    config = compose_run(tmp_path, "experiment=quickstart")
+    hydra_config = HydraConfig.instance().cfg
+    assert hydra_config is not None
+    with open_dict(hydra_config):
+        hydra_config.hydra.overrides.task = ["experiment=quickstart"]
+    found = variants(config, tmp_path)
+    first, second = (OmegaConf.to_container(found[name], resolve=True) for name in ("without Canon", "Canon-ABCD"))
+    assert first["canon"].pop("positions") == ""
+    assert second["canon"].pop("positions") == "ABCD"
+    for config in (first, second):
+        config["model"].pop("canon")
+        for section in ("paths", "callbacks", "logger", "trainer"):
+            config[section] = {k: v for k, v in config[section].items() if str(tmp_path) not in str(v)}
+    assert first == second
+    assert TINY

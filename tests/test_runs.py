@@ -1,0 +1,190 @@
+"""What a whole run promises: resumes bit for bit, evaluates to the same numbers, says what went wrong."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.checkpoints import CheckpointError, load_model, read_checkpoint
+from src.config import ConfigError
+from tests.runs import TINY, command, results, same, tiny_run
+
+CANON = "canon.positions=ABCD"
+
+
+def final(folder: Path):
+    return torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)
+
+
+def curve(folder: Path, column: str) -> list[float]:
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    metrics = tiny_run(folder, CANON, "trainer.max_steps=6", "callbacks.checkpoint.every_n_train_steps=3")
+    return folder, metrics
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_resuming_equals_the_straight_run_bit_for_bit(tmp_path, accumulate, stop):
+    """``stop=2`` is a validation step, 3 is not."""
+    options = [CANON, "trainer.max_steps=6", f"trainer.accumulate_grad_batches={accumulate}"]
+    options += [f"trainer.val_check_interval={2 * accumulate}", f"callbacks.checkpoint.every_n_train_steps={stop}"]
+    options += ["callbacks.checkpoint.save_top_k=-1"]
+    expected = tiny_run(tmp_path / "straight", *options)
+    checkpoint = tmp_path / "straight" / "checkpoints" / f"step{stop:08d}.ckpt"
+    found = tiny_run(tmp_path / "resumed", *options, f"ckpt_path={checkpoint}")
+    assert found == expected
+    a, b = final(tmp_path / "straight"), final(tmp_path / "resumed")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert same(a[part], b[part]), part
+    full = curve(tmp_path / "straight", "train/loss")
+    assert curve(tmp_path / "resumed", "train/loss") == full[stop:]
+    assert len(full) == 6
+
+
+def test_a_run_depends_on_its_seeds_and_on_nothing_else(tmp_path, straight):
+    folder, metrics = straight
+    torch.manual_seed(99)
+    again = tiny_run(tmp_path, CANON, "trainer.max_steps=6", "data.num_workers=1")
+    assert again == metrics
+    assert same(final(folder)["state_dict"], final(tmp_path)["state_dict"])
+
+
+def test_accumulation_does_not_change_the_loss(tmp_path, straight):
+    tiny_run(tmp_path, CANON, "trainer.max_steps=6", "trainer.accumulate_grad_batches=4", "trainer.val_check_interval=8")
+    assert curve(tmp_path, "train/loss") == pytest.approx(curve(straight[0], "train/loss"), abs=1e-5)
+
+
+def test_checkpoints_hold_plain_data_only(straight):
+    checkpoint = final(straight[0])  # weights_only=True refuses anything else
+    assert checkpoint["config"]["canon"]["positions"] == "ABCD"
+    assert checkpoint["config"]["model"]["vocab_size"] == 37
+    assert checkpoint["global_step"] == 6
+
+
+def test_load_model_opens_file_and_folder(straight):
+    folder, _ = straight
+    net = load_model(folder)
+    assert not net.training
+    ids = torch.randint(37, (2, 9))
+    assert torch.equal(net(ids), load_model(folder / "checkpoints" / "last.ckpt")(ids))
+    assert same(dict(net.state_dict()), {k.removeprefix("net."): v for k, v in final(folder)["state_dict"].items()})
+
+
+def test_evaluate_reproduces_the_test_metrics_exactly(tmp_path, straight):
+    folder, metrics = straight
+    command("evaluate", f"ckpt_path={folder}", f"hydra.run.dir={tmp_path}", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    test_metrics = {name: value for name, value in metrics.items() if name.startswith("test/")}
+    assert results(tmp_path)["metrics"] == test_metrics
+    assert results(folder)["metrics"] == metrics
+
+
+def test_testing_alone_gives_the_same_metrics(tmp_path, straight):
+    folder, metrics = straight
+    found = tiny_run(tmp_path, CANON, "train=false", f"ckpt_path={folder}/checkpoints/final.ckpt")
+    assert {k: v for k, v in found.items() if k.startswith("test/")} == {k: v for k, v in metrics.items() if k.startswith("test/")}
+
+
+def test_results_say_what_was_run(straight):
+    found = results(straight[0])
+    assert found["parameters"] == sum(p.numel() for p in load_model(straight[0]).parameters())
+    assert found["backends"]["causal_conv"] == ["cpu"]
+    assert found["data"]["task"] == "depo"
+    assert found["steps"] == 6
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_give_the_loss_curve_of_one(tmp_path, strategy):
+    options = [*TINY, CANON, "trainer.max_steps=5", "trainer.devices=2", f"hydra.run.dir={tmp_path / 'two'}"]
+    options = [f"trainer={strategy}" if o == "trainer=cpu" else o for o in options]
+    command("train", *options, "trainer.accelerator=cpu")
+    tiny_run(tmp_path / "one", CANON, "trainer.max_steps=5")
+    for column in ("train/loss", "val/loss", "train/grad_norm"):
+        assert curve(tmp_path / "two", column) == pytest.approx(curve(tmp_path / "one", column), abs=1e-5)
+    a, b = results(tmp_path / "one")["metrics"], results(tmp_path / "two")["metrics"]
+    assert a == pytest.approx(b, abs=1e-5)
+    ids = torch.randint(37, (2, 9))
+    torch.testing.assert_close(load_model(tmp_path / "one")(ids), load_model(tmp_path / "two")(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_quickstart_command_compares_two_models(tmp_path):
+    """The command itself, on the smallest scale, on two processes."""
+    short = [o for o in TINY if not o.startswith(("data=", "trainer="))]
+    done = command("train", "experiment=quickstart", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", *short, f"hydra.run.dir={tmp_path}")
+    assert done.stdout.count("test set") == 1
+    assert "accuracy/hop1" in done.stdout
+    assert "0.125" in done.stdout  # chance
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    for name in ("without-canon", "canon-abcd"):
+        assert results(tmp_path / name)["steps"] == 4
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["experiment=quickstar"], ["experiment=quickstar", "did you mean 'quickstart'"]),
+        (["canon.positon=A"], ["canon.positon", "did you mean 'positions'"]),
+        (["optimzer.lr=1"], ["no key 'optimzer'", "did you mean 'optimizer'"]),
+        (["canon.positions=AX"], ["no such point X", "Points: A "]),
+        (["canon.kernel_size=four"], ["canon.kernel_size='four'", "valid integer"]),
+        (["model.dim=70"], ["num_heads=4 does not divide dim=70"]),
+        (["+trainer.max_stepz=3"], ["trainer.max_stepz", "did you mean 'max_steps'"]),
+        (["ckpt_path=nowhere.ckpt"], ["ckpt_path=nowhere.ckpt", "no such file"]),
+        (["data.task.N=2"], ["Depo.N=2: at least 3"]),
+        (["train=false"], ["ckpt_path= must say"]),
+        (["data.window=nan"], ["data.window"]),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) and "=" in v[0] else "",
+)
+def test_a_newcomers_mistake_ends_in_one_clear_message(arguments, words, tmp_path):
+    done = command("train", *arguments, "trainer=cpu", f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 2
+    message = done.stderr[done.stderr.index("error:") :]
+    assert "Traceback" not in done.stderr
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu(tmp_path):
+    with pytest.raises(ConfigError, match="no CUDA device here.*trainer=cpu"):
+        tiny_run(tmp_path, "trainer=gpu")
+
+
+def test_checkpoint_of_another_model(tmp_path, straight):
+    with pytest.raises(CheckpointError, match="holds another model.*model.canon.positions: 'ABCD' there, '' here"):
+        tiny_run(tmp_path, f"ckpt_path={straight[0]}/checkpoints/last.ckpt")
+
+
+def test_damaged_foreign_and_pickled_checkpoints_are_refused(tmp_path, straight):
+    good = straight[0] / "checkpoints" / "final.ckpt"
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(good.read_bytes()[:2000])
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}}, foreign)
+    pickled = tmp_path / "pickled.ckpt"
+    torch.save({"config": Path(), "state_dict": {}}, pickled)
+    for path, message in [(damaged, "cannot be opened"), (foreign, "not a checkpoint of this project"), (pickled, "cannot be opened as plain data")]:
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_model(path)
+        assert str(path) in str(caught.value)
+
+
+def test_a_folder_without_checkpoint_says_what_it_holds(tmp_path, straight):
+    shutil.copy(straight[0] / "checkpoints" / "final.ckpt", tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="other.ckpt"):
+        read_checkpoint(tmp_path)
+
+
+def test_targets_outside_the_project_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="os.system.*only targets under"):
+        tiny_run(tmp_path, "optimizer._target_=os.system")
