@@ -56,5 +56,3 @@ def model_from_config(model_config: dict[str, Any], device: str | torch.device =
     """Builds a model from the plain ``model`` section of a resolved configuration."""
     with torch.device(device):
         return instantiate(model_config, "model")
-
-

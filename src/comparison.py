@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from src.build import compose_config
@@ -50,7 +50,9 @@ def variants(config: DictConfig, output_dir: Path) -> dict[str, DictConfig]:
     if not OmegaConf.is_dict(config.compare) or not config.compare:
         raise ConfigError("compare: a mapping from names to lists of overrides, such as {none: ['canon.positions=']}")
     if config.ckpt_path is not None:
-        raise ConfigError("ckpt_path: a comparison starts each variant afresh; resume one with compare=null and its overrides")
+        raise ConfigError(
+            "ckpt_path: a comparison starts each variant afresh; resume one with compare=null and its overrides"
+        )
     base = list(HydraConfig.get().overrides.task)
     result = {}
     for name, overrides in config.compare.items():

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.build import CONFIG_DIR, compose_config
 from src.config import ConfigError, suggest
-
 
 
 def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
@@ -82,7 +81,9 @@ def _first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
     for override in groups:
         choices = sorted(p.stem for p in (CONFIG_DIR / override.key_or_group).glob("*.yaml"))
         if isinstance(override.value(), str) and override.value() not in choices:
-            return f"{override.key_or_group}={override.value()}: no such choice; {suggest(str(override.value()), choices)}"
+            return (
+                f"{override.key_or_group}={override.value()}: no such choice; {suggest(str(override.value()), choices)}"
+            )
     try:
         config = compose_config([_text(o) for o in groups], config_name)
     except (HydraException, OmegaConfBaseException):

@@ -19,7 +19,7 @@ from omegaconf import DictConfig  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from src.checkpoints.files import model_from_checkpoint, read_checkpoint  # noqa: E402
+from src.checkpoints.files import check_same_data, model_from_checkpoint, read_checkpoint  # noqa: E402
 from src.config import ConfigError, instantiate, to_plain  # noqa: E402
 from src.datamodules.base import StreamDataModule  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
@@ -38,6 +38,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     trained = checkpoint["config"]
 
     datamodule: StreamDataModule = instantiate(plain.get("data") or trained["data"], "data")
+    if not plain.get("data"):
+        check_same_data(checkpoint, datamodule.fingerprint(), plain["ckpt_path"])
     net = model_from_checkpoint(checkpoint)
     if net.vocab_size < datamodule.vocab_size:
         raise ConfigError(f"data: has ids up to {datamodule.vocab_size - 1}, the model knows {net.vocab_size}")
@@ -78,7 +80,9 @@ def report(metrics: dict[str, float], plain: dict[str, Any], step: int) -> None:
         table.add_row(name, f"{value:.6f}")
     Console().print(table)
     path = Path(plain["paths"]["output_dir"]) / "results.json"
-    path.write_text(json.dumps({"checkpoint": str(plain["ckpt_path"]), "step": step, "metrics": metrics}, indent=2) + "\n")
+    path.write_text(
+        json.dumps({"checkpoint": str(plain["ckpt_path"]), "step": step, "metrics": metrics}, indent=2) + "\n"
+    )
     print(f"written to {path}")
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from src.build import model_from_config
-from src.checkpoints.files import check_same_model, find_checkpoint, read_checkpoint
+from src.checkpoints.files import check_same_data, check_same_model, find_checkpoint, read_checkpoint
 from src.components.backbone import Backbone
 from src.components.kernels.registry import used_backends
 from src.config import ConfigError, check, config_hash, instantiate, to_plain
@@ -42,7 +43,9 @@ def run(config: DictConfig) -> dict[str, float]:
     datamodule: StreamDataModule = instantiate(plain["data"], "data")
     net = build_net(plain, datamodule)
     if checkpoint is not None:
-        check_same_model(read_checkpoint(checkpoint), plain["model"], checkpoint)
+        opened = read_checkpoint(checkpoint)
+        check_same_model(opened, plain["model"], checkpoint)
+        check_same_data(opened, datamodule.fingerprint(), checkpoint)
     module = LanguageModel(
         net,
         optimizer=instantiate(plain["optimizer"], "optimizer"),
@@ -103,9 +106,11 @@ def build_trainer(plain: dict[str, Any], **overrides: Any) -> L.Trainer:
     """Builds Lightning's Trainer with the configured callbacks and loggers."""
     callbacks = [instantiate(node, f"callbacks.{name}") for name, node in (plain.get("callbacks") or {}).items()]
     loggers = [instantiate(node, f"logger.{name}") for name, node in (plain.get("logger") or {}).items()]
-    has_checkpoints = any(isinstance(callback, L.pytorch.callbacks.ModelCheckpoint) for callback in callbacks)
+    has_checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     return instantiate(
-        {"enable_checkpointing": has_checkpoints, "enable_progress_bar": _has_bar(callbacks)} | plain["trainer"] | overrides,
+        {"enable_checkpointing": has_checkpoints, "enable_progress_bar": _has_bar(callbacks)}
+        | plain["trainer"]
+        | overrides,
         "trainer",
         callbacks=callbacks,
         logger=loggers or False,
@@ -113,7 +118,7 @@ def build_trainer(plain: dict[str, Any], **overrides: Any) -> L.Trainer:
 
 
 def _has_bar(callbacks: list[Any]) -> bool:
-    return any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in callbacks)
+    return any(isinstance(callback, ProgressBar) for callback in callbacks)
 
 
 def _resume_from(plain: dict[str, Any]) -> str | None:

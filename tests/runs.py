@@ -43,7 +43,9 @@ def compose_run(folder: Path, *overrides: str, config_name: str = "train") -> An
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose(
-            config_name=config_name, overrides=[f"hydra.runtime.output_dir={folder}", *overrides], return_hydra_config=True
+            config_name=config_name,
+            overrides=[f"hydra.runtime.output_dir={folder}", *overrides],
+            return_hydra_config=True,
         )
     HydraConfig.instance().set_config(config)
     with open_dict(config):

@@ -1,6 +1,7 @@
 """Every choice of every config group composes and builds; every experiment runs."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -11,15 +12,35 @@ from src.datamodules.base import StreamDataModule
 from src.run import checked, run
 from tests.runs import TINY, compose_run
 
-GROUPS = ["data", "model", "size", "position", "optimizer", "scheduler", "trainer", "callbacks", "logger", "paths", "debug"]
+GROUPS = [
+    "data",
+    "model",
+    "size",
+    "position",
+    "optimizer",
+    "scheduler",
+    "trainer",
+    "callbacks",
+    "logger",
+    "paths",
+    "debug",
+]
 BASES = {("model", "base"), ("data", "task"), ("data", "text")}  # what others build on; nothing by themselves
 CHOICES = [(g, p.stem) for g in GROUPS for p in sorted((CONFIG_DIR / g).glob("*.yaml")) if (g, p.stem) not in BASES]
-EXPERIMENTS = sorted(p.relative_to(CONFIG_DIR / "experiment").with_suffix("") for p in (CONFIG_DIR / "experiment").rglob("*.yaml"))
+EXPERIMENTS = sorted(
+    p.relative_to(CONFIG_DIR / "experiment").with_suffix("") for p in (CONFIG_DIR / "experiment").rglob("*.yaml")
+)
 NEEDS_PACKAGE = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard"}
 # Arguments that a user has to give.
 ALSO = {("data", "text_files"): ["data.path=."]}
 # Shrinks any experiment: data of every kind have a batch and evaluation sets.
-SHORT = ["trainer=cpu", "trainer.max_steps=2", "trainer.val_check_interval=1", "data.batch_size=2", "scheduler.warmup_steps=1"]
+SHORT = [
+    "trainer=cpu",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=1",
+    "data.batch_size=2",
+    "scheduler.warmup_steps=1",
+]
 
 
 def test_every_group_is_tested():
@@ -66,7 +87,12 @@ def test_every_experiment_runs_two_steps(experiment, tmp_path, monkeypatch):
     overrides = [[]] if config.compare is None else list(config.compare.values())
     for i, own in enumerate(overrides):
         variant = compose_run(
-            tmp_path / str(i), f"experiment={experiment}", *SHORT, f"paths.data_dir={tmp_path / 'data'}", *own, "compare=null"
+            tmp_path / str(i),
+            f"experiment={experiment}",
+            *SHORT,
+            f"paths.data_dir={tmp_path / 'data'}",
+            *own,
+            "compare=null",
         )
         metrics = run(variant)
         assert all(name.split("/")[0] in ("val", "test") for name in metrics)
@@ -86,15 +112,14 @@ def test_the_default_configuration_is_valid(tmp_path):
 
 def test_comparison_variants_differ_only_in_their_overrides(tmp_path):
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
     config = compose_run(tmp_path, "experiment=quickstart")
-    hydra_config = HydraConfig.instance().cfg
-    assert hydra_config is not None
+    hydra_config: Any = HydraConfig.instance().cfg
     with open_dict(hydra_config):
         hydra_config.hydra.overrides.task = ["experiment=quickstart"]
     found = variants(config, tmp_path)
-    first, second = (OmegaConf.to_container(found[name], resolve=True) for name in ("without Canon", "Canon-ABCD"))
+    first, second = (to_plain(found[name]) for name in ("without Canon", "Canon-ABCD"))
     assert first["canon"].pop("positions") == ""
     assert second["canon"].pop("positions") == "ABCD"
     for config in (first, second):

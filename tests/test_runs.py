@@ -58,7 +58,9 @@ def test_a_run_depends_on_its_seeds_and_on_nothing_else(tmp_path, straight):
 
 
 def test_accumulation_does_not_change_the_loss(tmp_path, straight):
-    tiny_run(tmp_path, CANON, "trainer.max_steps=6", "trainer.accumulate_grad_batches=4", "trainer.val_check_interval=8")
+    tiny_run(
+        tmp_path, CANON, "trainer.max_steps=6", "trainer.accumulate_grad_batches=4", "trainer.val_check_interval=8"
+    )
     assert curve(tmp_path, "train/loss") == pytest.approx(curve(straight[0], "train/loss"), abs=1e-5)
 
 
@@ -80,7 +82,9 @@ def test_load_model_opens_file_and_folder(straight):
 
 def test_evaluate_reproduces_the_test_metrics_exactly(tmp_path, straight):
     folder, metrics = straight
-    command("evaluate", f"ckpt_path={folder}", f"hydra.run.dir={tmp_path}", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    command(
+        "evaluate", f"ckpt_path={folder}", f"hydra.run.dir={tmp_path}", OMP_NUM_THREADS=str(torch.get_num_threads())
+    )
     test_metrics = {name: value for name, value in metrics.items() if name.startswith("test/")}
     assert results(tmp_path)["metrics"] == test_metrics
     assert results(folder)["metrics"] == metrics
@@ -89,7 +93,9 @@ def test_evaluate_reproduces_the_test_metrics_exactly(tmp_path, straight):
 def test_testing_alone_gives_the_same_metrics(tmp_path, straight):
     folder, metrics = straight
     found = tiny_run(tmp_path, CANON, "train=false", f"ckpt_path={folder}/checkpoints/final.ckpt")
-    assert {k: v for k, v in found.items() if k.startswith("test/")} == {k: v for k, v in metrics.items() if k.startswith("test/")}
+    assert {k: v for k, v in found.items() if k.startswith("test/")} == {
+        k: v for k, v in metrics.items() if k.startswith("test/")
+    }
 
 
 def test_results_say_what_was_run(straight):
@@ -111,13 +117,23 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, strategy):
     a, b = results(tmp_path / "one")["metrics"], results(tmp_path / "two")["metrics"]
     assert a == pytest.approx(b, abs=1e-5)
     ids = torch.randint(37, (2, 9))
-    torch.testing.assert_close(load_model(tmp_path / "one")(ids), load_model(tmp_path / "two")(ids), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        load_model(tmp_path / "one")(ids), load_model(tmp_path / "two")(ids), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_quickstart_command_compares_two_models(tmp_path):
     """The command itself, on the smallest scale, on two processes."""
     short = [o for o in TINY if not o.startswith(("data=", "trainer="))]
-    done = command("train", "experiment=quickstart", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", *short, f"hydra.run.dir={tmp_path}")
+    done = command(
+        "train",
+        "experiment=quickstart",
+        "trainer=ddp",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        *short,
+        f"hydra.run.dir={tmp_path}",
+    )
     assert done.stdout.count("test set") == 1
     assert "accuracy/hop1" in done.stdout
     assert "0.125" in done.stdout  # chance
@@ -173,7 +189,11 @@ def test_damaged_foreign_and_pickled_checkpoints_are_refused(tmp_path, straight)
     torch.save({"state_dict": {}}, foreign)
     pickled = tmp_path / "pickled.ckpt"
     torch.save({"config": Path(), "state_dict": {}}, pickled)
-    for path, message in [(damaged, "cannot be opened"), (foreign, "not a checkpoint of this project"), (pickled, "cannot be opened as plain data")]:
+    for path, message in [
+        (damaged, "cannot be opened"),
+        (foreign, "not a checkpoint of this project"),
+        (pickled, "cannot be opened as plain data"),
+    ]:
         with pytest.raises(CheckpointError, match=message) as caught:
             load_model(path)
         assert str(path) in str(caught.value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 SHORT = {
     "train/loss": "loss",
@@ -54,6 +54,6 @@ class Lines(Callback):
         print(f"step {step:>{len(str(total))}}/{total}  " + "  ".join(shown), flush=True)
 
 
-def Progress() -> Callback:  # noqa: N802  (selected by name in configs like a class)
+def Progress() -> Callback:
     """A bar on a terminal, lines elsewhere."""
     return Bar(leave=True) if sys.stdout.isatty() else Lines()

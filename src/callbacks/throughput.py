@@ -9,6 +9,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from src.modules.language_model import is_log_step
+
 
 class Throughput(Callback):
     """Logs ``train/tokens_per_second`` (all ranks together) over the steps since the last log.
@@ -19,7 +21,9 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.tokens, self.seconds, self.started = 0, 0.0, 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Starts the clock, unless it runs since the last batch (so that waiting for data counts)."""
         self.started = self.started or time.perf_counter()
 
@@ -28,7 +32,7 @@ class Throughput(Callback):
     ) -> None:
         """Counts, and logs at the trainer's logging interval."""
         self.tokens += batch["tokens"].numel()
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % trainer.log_every_n_steps:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not is_log_step(trainer, trainer.global_step):
             return
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize(trainer.strategy.root_device)

@@ -100,6 +100,18 @@ def check_same_model(checkpoint: dict[str, Any], model_config: dict[str, Any], p
         raise CheckpointError(f"ckpt_path={path} holds another model than this run builds: " + "; ".join(differing))
 
 
+def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], path: str | Path) -> None:
+    """Raises a CheckpointError when the data is not what the checkpoint was trained on (another corpus, another tokeniser)."""
+    ours, theirs = _flatten(fingerprint), _flatten(checkpoint["data"])
+    differing = [
+        f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} here"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise CheckpointError(f"ckpt_path={path} was trained on other data than there is now: " + "; ".join(differing))
+
+
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix: node}

@@ -96,7 +96,9 @@ def from_official(
         ValueError: for a family or key that is not known here, or weights that do not fit the configuration.
     """
     if config.get("model_name", "Llama") not in ("Llama", "LlamaCanon"):
-        raise ValueError(f"model_name={config['model_name']!r}: the families that can be converted are Llama, LlamaCanon")
+        raise ValueError(
+            f"model_name={config['model_name']!r}: the families that can be converted are Llama, LlamaCanon"
+        )
     unknown = sorted(set(config) - set(_LLAMA_DEFAULTS) - {"model_name"})
     if unknown:
         raise ValueError(f"official config key {unknown[0]!r} is not known; keys are {', '.join(_LLAMA_DEFAULTS)}")

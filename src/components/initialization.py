@@ -62,7 +62,9 @@ class Initializer:
         depth: number of blocks, for ``global_depth``.
     """
 
-    def __init__(self, module: nn.Module, seed: int, config: Initialization | None = None, dim: int = 1, depth: int = 1):
+    def __init__(
+        self, module: nn.Module, seed: int, config: Initialization | None = None, dim: int = 1, depth: int = 1
+    ):
         self.config, self.seed, self.dim, self.depth = config or Initialization(), seed, dim, depth
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
 

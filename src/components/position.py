@@ -56,7 +56,9 @@ class RoPE(NoPE):
             raise ValueError(f"position.pairing={self.pairing!r}: choose adjacent or half_split")
         for name in ("heads", "dims"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"position.{name}={getattr(self, name)}: a share in (0, 1]; position=nope rotates nothing")
+                raise ValueError(
+                    f"position.{name}={getattr(self, name)}: a share in (0, 1]; position=nope rotates nothing"
+                )
         if self.theta <= 0:
             raise ValueError(f"position.theta={self.theta}: must be positive")
 

@@ -92,9 +92,7 @@ class TrainingBatches(Dataset):
         return to_tensors(batch) | {"step_targets": torch.tensor(targets)}
 
     def _windows(self, step: int, part: int) -> dict[str, NDArray[Any]]:
-        return with_loss_mask(
-            self.source.windows("train", self.share.first_window(step, part), self.share.micro_batch)
-        )
+        return with_loss_mask(self.source.windows("train", self.share.first_window(step, part), self.share.micro_batch))
 
 
 class EvaluationBatches(Dataset):

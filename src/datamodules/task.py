@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from numpy.typing import NDArray
 
@@ -70,9 +70,9 @@ class TaskDataModule(StreamDataModule):
         """Tokens in a window."""
         return self.window
 
-    def windows(self, split: Split, first: int, count: int) -> dict[str, NDArray[Any]]:
+    def windows(self, split: str, first: int, count: int) -> dict[str, NDArray[Any]]:
         """See ``WindowSource.windows``."""
-        packed = self.task.windows(self.seed, split, first, count, self.window)
+        packed = self.task.windows(self.seed, cast(Split, split), first, count, self.window)
         batch: dict[str, NDArray[Any]] = {"tokens": packed.tokens, "loss_mask": packed.loss_mask}
         return batch | {"segments": packed.segments} if self.isolate else batch
 

@@ -19,6 +19,11 @@ from src.modules.losses import NextTokenLoss
 CHECKPOINT_FORMAT = 1
 
 
+def is_log_step(trainer: Any, step: int) -> bool:
+    """Whether metrics of the ``step``-th optimizer step (counted from 1) are logged."""
+    return step % trainer.log_every_n_steps == 0
+
+
 class LanguageModel(L.LightningModule):
     """Trains and scores a Backbone.
 
@@ -83,11 +88,9 @@ class LanguageModel(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule stepped after every update."""
         optimizer = self.build_optimizer(self.net.named_parameters())
-        schedule = self.schedule
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, lambda step: schedule(step)), "interval": "step"},
-        }
+        # A function rather than the schedule itself, whose attributes LambdaLR would write into every checkpoint.
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step))  # noqa: PLW0108
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -112,13 +115,9 @@ class LanguageModel(L.LightningModule):
         """Logs the optimizer step whose last micro-batch has just been read, if it is one to be logged."""
         loss, accuracy = torch.stack(self._step_sums).mean(dim=0)
         self._step_sums.clear()
-        if self.is_log_step(self.trainer.global_step + 1):
+        if is_log_step(self.trainer, self.trainer.global_step + 1):
             self.log("train/loss", loss, prog_bar=True, sync_dist=True)
             self.log("train/token_accuracy", accuracy, prog_bar=True, sync_dist=True)
-
-    def is_log_step(self, step: int) -> bool:
-        """Whether the step that ends with ``step`` updates made is logged."""
-        return step % self.trainer.log_every_n_steps == 0
 
     def configure_gradient_clipping(
         self,
@@ -131,7 +130,7 @@ class LanguageModel(L.LightningModule):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only norm is supported")
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
-        if self.is_log_step(self.trainer.global_step + 1):
+        if is_log_step(self.trainer, self.trainer.global_step + 1):
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
             self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
@@ -182,6 +181,8 @@ class LanguageModel(L.LightningModule):
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the configuration: plain containers, so that ``torch.load(weights_only=True)`` opens the file."""
+        """Adds configuration and data fingerprint: plain containers, so that ``torch.load(weights_only=True)`` opens the file."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         checkpoint["format"] = CHECKPOINT_FORMAT
         checkpoint["config"] = self.config
+        checkpoint["data"] = datamodule.fingerprint() if datamodule is not None else None

@@ -32,7 +32,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.total_steps < 1:
             raise ValueError(f"scheduler.total_steps={self.total_steps}: at least 1 (it follows trainer.max_steps)")
-        if not 0 <= self.warmup_steps:
+        if not self.warmup_steps >= 0:
             raise ValueError(f"scheduler.warmup_steps={self.warmup_steps}: at least 0")
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"scheduler.min_ratio={self.min_ratio}: a share in 0..1")

@@ -33,7 +33,11 @@ def print_table(variants: list[Variant], chance: dict[str, float]) -> None:
     for metric in variants[0].test_metrics:
         if metric.startswith("test/"):
             row = [f"{variant.test_metrics.get(metric, float('nan')):.3f}" for variant in variants]
-            table.add_row(metric.removeprefix("test/"), *row, *([f"{chance[metric]:.3f}" if metric in chance else ""] if chance else []))
+            table.add_row(
+                metric.removeprefix("test/"),
+                *row,
+                *([f"{chance[metric]:.3f}" if metric in chance else ""] if chance else []),
+            )
     Console().print(table)
 
 

@@ -71,7 +71,11 @@ def test_hugging_face_names():
     for name, tensor in weights().items():
         name = name.replace("tok_embeddings.", "model.embed_tokens.").replace("output.", "lm_head.")
         name = "model.norm.weight" if name == "norm.weight" else name
-        for ours, theirs in [("attention.w", "self_attn."), ("attention.", "self_attn."), ("feed_forward.canonD", "mlp.canonD")]:
+        for ours, theirs in [
+            ("attention.w", "self_attn."),
+            ("attention.", "self_attn."),
+            ("feed_forward.canonD", "mlp.canonD"),
+        ]:
             name = name.replace(f".{ours}", f".{theirs}")
         for letter in "qkvo":
             name = name.replace(f"self_attn.{letter}.weight", f"self_attn.{letter}_proj.weight")

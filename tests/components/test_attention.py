@@ -22,7 +22,9 @@ def test_fused_attention_equals_the_equation(time, keys, bias, packed):
         "bias": None if bias is None else bias.bias(4, time, keys, q.device),
         "segments": (key_segments[:, -time:], key_segments) if packed else None,
     }
-    torch.testing.assert_close(attention(q, k, v, **options), attention_reference(q, k, v, **options), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        attention(q, k, v, **options), attention_reference(q, k, v, **options), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_grouped_queries_share_heads_in_order():
@@ -87,7 +89,9 @@ def test_impossible_heads_are_refused(options, message):
         Attention(32, CanonConfig(), **options)
 
 
-@pytest.mark.parametrize("position", [NoPE(), RoPE(heads=0.5, dims=0.5), ALiBi(), HardALiBi()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "position", [NoPE(), RoPE(heads=0.5, dims=0.5), ALiBi(), HardALiBi()], ids=lambda p: type(p).__name__
+)
 def test_decoding_continues_where_prefill_stopped(position):
     mixer = Attention(32, CanonConfig("B"), num_heads=4, num_kv_heads=2, qk_norm=True, position=position)
     x = torch.randn(2, 9, 32)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_parameter_counts_to_the_last_digit(overrides, total, per_layer):
     assert sum(p.numel() for p in net.blocks[0].parameters()) == per_layer
 
 
-def small(**options):
+def small(**options: Any) -> Any:
     def mixer(dim, canon, layer):
         return Attention(dim, canon, num_heads=4, layer=layer)
 
@@ -132,7 +133,9 @@ def test_selected_positions_get_the_logits_they_would_have_had():
 def test_feed_forward_by_its_equation(gated, activation):
     net = FeedForward(16, CanonConfig(), hidden_dim=24, gated=gated, activation=activation)
     x = torch.randn(2, 3, 16)
-    act = {"silu": torch.nn.functional.silu, "relu2": lambda z: z.relu() ** 2, "gelu": torch.nn.functional.gelu}[activation]
+    act = {"silu": torch.nn.functional.silu, "relu2": lambda z: z.relu() ** 2, "gelu": torch.nn.functional.gelu}[
+        activation
+    ]
     h = x @ net.in_proj.weight.T
     h = act(h[..., :24]) * h[..., 24:] if gated else act(h)
     torch.testing.assert_close(net(x)[0], h @ net.out_proj.weight.T)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -59,10 +60,12 @@ def test_initial_weights_of_a_whole_model_are_not_overwritten():
 
 
 def test_gradients_against_finite_differences():
-    canon = Canon(3, activation="silu", bias=True).double()
+    canon: Any = Canon(3, activation="silu", bias=True).double()
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     plain = Canon(3).double()
-    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(plain, {"weight": w}, (x,)), (x, plain.weight))
+    assert torch.autograd.gradcheck(
+        lambda x, w: torch.func.functional_call(plain, {"weight": w}, (x,)), (x, plain.weight)
+    )
     assert torch.autograd.gradcheck(
         lambda x, w, b: torch.func.functional_call(canon, {"weight": w, "bias": b}, (x,)), (x, canon.weight, canon.bias)
     )

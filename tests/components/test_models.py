@@ -13,12 +13,15 @@ MODELS = sorted(p.stem for p in (Path(CONFIG_DIR) / "model").glob("*.yaml") if p
 POSITIONS = sorted(p.stem for p in (Path(CONFIG_DIR) / "position").glob("*.yaml"))
 CANON = ["", "ACD", "ABCD"]
 
+
 def tiny(model, canon, *more):
     overrides = [f"model={model}", f"canon.positions={canon or chr(39) * 2}", "model.vocab_size=50", *more]
     return build_model(overrides).eval()
 
 
-@pytest.fixture(params=[(model, canon) for model in MODELS for canon in CANON], ids=lambda p: f"{p[0]}-{p[1] or 'none'}")
+@pytest.fixture(
+    params=[(model, canon) for model in MODELS for canon in CANON], ids=lambda p: f"{p[0]}-{p[1] or 'none'}"
+)
 def net(request):
     return tiny(*request.param)
 

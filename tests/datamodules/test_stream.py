@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from src.datamodules.task import TaskDataModule
 from src.datamodules.tasks import Depo
 
 
-def source(**options):
-    settings = {"window": 64, "batch_size": 12, "val_windows": 10, "test_windows": 7}
+def source(**options: Any) -> Any:
+    settings: dict[str, Any] = {"window": 64, "batch_size": 12, "val_windows": 10, "test_windows": 7}
     return TaskDataModule(Depo(N=8, K=2, mini_vocab=16, word_length=(1, 1), compact_ids=True), **settings | options)
 
 
@@ -74,13 +76,19 @@ def test_documents_are_numbered_only_when_they_are_to_be_kept_apart():
 
 @pytest.mark.parametrize(("batch_size", "world_size", "accumulate"), [(12, 5, 1), (12, 1, 7), (12, 4, 2), (0, 1, 1)])
 def test_a_batch_that_cannot_be_cut_evenly_is_refused(batch_size, world_size, accumulate):
-    with pytest.raises(ValueError, match=f"data.batch_size={batch_size}.*{world_size} process.*{accumulate} accumulated"):
+    with pytest.raises(
+        ValueError, match=f"data.batch_size={batch_size}.*{world_size} process.*{accumulate} accumulated"
+    ):
         Share(batch_size, 0, world_size, accumulate)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"window": 32}, "longest example of depo has 49 tokens"), ({"num_workers": -1}, "num_workers=-1"), ({"eval_batch_size": 0}, "eval_batch_size=0")],
+    [
+        ({"window": 32}, "longest example of depo has 49 tokens"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0"),
+    ],
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,10 +1,10 @@
 """Where Canon layers go, and of which kind: the one place that knows the letters.
 
-    x + mixer(A(norm(x)))        A  after the mixer's norm, before all its projections      width d
-                                 B  on the projected q, k, v together, inside the mixer      mixer's own
-                                 b  the architecture's own short convolution, where it has one
-    x + feedforward(C(norm(x)))  C  after the feed-forward's norm                           width d
-                                 D  on gate and up projections, before the activation       width 2 I (I if ungated)
+x + mixer(A(norm(x)))        A  after the mixer's norm, before all its projections      width d
+                             B  on the projected q, k, v together, inside the mixer      mixer's own
+                             b  the architecture's own short convolution, where it has one
+x + feedforward(C(norm(x)))  C  after the feed-forward's norm                           width d
+                             D  on gate and up projections, before the activation       width 2 I (I if ungated)
 """
 
 from __future__ import annotations

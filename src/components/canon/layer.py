@@ -51,7 +51,8 @@ class Canon(nn.Module):
         super().__init__()
         self.check(kernel_size, activation, init)
         self.width, self.kernel_size = width, kernel_size
-        self.residual, self.activation, self.init, self.backend = residual, activation, init, backend
+        self.activation: Literal["silu"] | None = activation
+        self.residual, self.init, self.backend = residual, init, backend
         # Shaped like the weight of a depthwise Conv1d, as in the release.
         self.weight = nn.Parameter(torch.empty(width, 1, kernel_size), requires_grad=trainable)
         self.bias = nn.Parameter(torch.empty(width), requires_grad=trainable) if bias else None

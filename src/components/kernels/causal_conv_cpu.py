@@ -13,7 +13,6 @@ The rows are cut into tiles by the shape alone and each tile sums its own weight
 bits on any number of threads. Large tensors share their tiles out to Python threads (the kernels release the GIL).
 Numba's own parallel back ends are avoided: a process forked from one that has used them may be killed or deadlock.
 """
-# ruff: noqa: PLR0917  (compiled functions take positional arguments)
 
 import functools
 import os
@@ -209,7 +208,7 @@ def _tiling(x: Tensor) -> _Tiling:
 
 def _flat(tensor: Tensor | None, like: Tensor) -> np.ndarray:
     """The tensor as one line, not copied if contiguous; None becomes an empty line."""
-    return (like.new_empty(0) if tensor is None else tensor.detach().contiguous()).numpy().reshape(-1)
+    return (like.new_empty(0) if tensor is None else tensor.detach()).numpy().reshape(-1)
 
 
 def _table(weight: Tensor, bias: Tensor | None, residual: bool, tiling: _Tiling) -> Tensor:
@@ -227,9 +226,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, seg
 
     Tensors are plain, on the CPU and of one dtype, float32 or float64; segments are `[B, T]` ids of any integer dtype.
     """
-    if segments is not None:
-        segments = segments.long().contiguous()
-    return _CausalConv.apply(x.contiguous(), weight, bias, residual, segments)
+    return _CausalConv.apply(x.contiguous(), weight, bias, residual, None if segments is None else segments.long())
 
 
 class _CausalConv(torch.autograd.Function):

@@ -208,9 +208,7 @@ class Depo(Task):
         tokens = np.empty((count, length), dtype=np.int64)
         mask = np.empty((count, length), dtype=np.bool_)
         segments = np.empty((count, length), dtype=np.int32)
-        _fill(
-            params, stream_key(self.name, seed, split), first, per_window, self.max_length, tokens, mask, segments
-        )
+        _fill(params, stream_key(self.name, seed, split), first, per_window, self.max_length, tokens, mask, segments)
         return Windows(tokens, mask, segments)
 
     # ---- reading ---------------------------------------------------------------------------------------------------

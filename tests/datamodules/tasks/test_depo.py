@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +24,31 @@ PUBLISHED = {
     ("depo2", 75, "train"): (459.0, 260.3, 62.97, 0.1762, 6.007, 0.0345),
     ("depo2", 75, "test"): (1043.7, 15.9, 70.12, 0.06718, 6.016, 0.0),
 }
-EXACT_TRAINING_N = {375: (109.541, 101.206), 300: (90.080, 81.219), 225: (70.102, 61.121), 125: (42.264, 34.083), 75: (27.478, 20.406)}
-ONE_TOKEN_WORDS = {(375, "test"): 0.133, (300, "test"): 0.166, (225, "test"): 0.216, (375, "train"): 0.260, (225, "train"): 0.334}
-TEN_QUESTIONS = {("depo1", 375): 0.899, ("depo1", 300): 0.882, ("depo1", 225): 0.870, ("depo2", 125): 0.820, ("depo2", 75): 0.766}
+EXACT_TRAINING_N = {
+    375: (109.541, 101.206),
+    300: (90.080, 81.219),
+    225: (70.102, 61.121),
+    125: (42.264, 34.083),
+    75: (27.478, 20.406),
+}
+ONE_TOKEN_WORDS = {
+    (375, "test"): 0.133,
+    (300, "test"): 0.166,
+    (225, "test"): 0.216,
+    (375, "train"): 0.260,
+    (225, "train"): 0.334,
+}
+TEN_QUESTIONS = {
+    ("depo1", 375): 0.899,
+    ("depo1", 300): 0.882,
+    ("depo1", 225): 0.870,
+    ("depo2", 125): 0.820,
+    ("depo2", 75): 0.766,
+}
 SAMPLES = 4000
 
 
-def depo(variant, N):
+def depo(variant: str, N: int) -> Any:
     if variant == "depo1":
         return Depo(N=N, K=8, mini_vocab=50, word_length=(1, 2))
     return Depo(N=N, K=16, mini_vocab=3, word_length=(5, 7))
@@ -46,7 +65,9 @@ def measure(task, split):
         hops = tokens[(tokens > 9000) & (tokens < 9500)] - 9000
         ends = np.flatnonzero(edge_part > task.mini_vocab)
         one_token = int((np.diff(ends, prepend=-1) == 1).sum()) / 2
-        rows.append((len(tokens), mask.sum(), mask.mean(), n, len(edge_part) / 2, one_token, len(hops), (hops % n == 0).sum()))
+        rows.append(
+            (len(tokens), mask.sum(), mask.mean(), n, len(edge_part) / 2, one_token, len(hops), (hops % n == 0).sum())
+        )
     return np.array(rows, dtype=float)
 
 
@@ -168,12 +189,57 @@ def test_examples_never_change():
     assert Depo(N=5, K=4, mini_vocab=3).example(42, "train", 7)[0].tolist() == GOLDEN
 
 
-GOLDEN = [9999, 5, 2, 5, 4, 5, 2, 4, 1, 4, 2, 5, 2, 4, 1, 4, 4, 9002, 4, 9500, 2, 5, 9001, 1, 4, 9500, 4, 9001, 5, 9500, 2, 5, 9001, 2, 4, 9500, 1, 4, 9004, 2, 5, 9500, 5]
+GOLDEN = [
+    9999,
+    5,
+    2,
+    5,
+    4,
+    5,
+    2,
+    4,
+    1,
+    4,
+    2,
+    5,
+    2,
+    4,
+    1,
+    4,
+    4,
+    9002,
+    4,
+    9500,
+    2,
+    5,
+    9001,
+    1,
+    4,
+    9500,
+    4,
+    9001,
+    5,
+    9500,
+    2,
+    5,
+    9001,
+    2,
+    4,
+    9500,
+    1,
+    4,
+    9004,
+    2,
+    5,
+    9500,
+    5,
+]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_windows_pack_consecutive_examples_and_start_with_a_whole_one(split):
-    task, length = Depo(N=9, K=3, mini_vocab=5), 130
+    task: Any = Depo(N=9, K=3, mini_vocab=5)
+    length = 130
     windows = task.windows(3, split, first=11, count=4, length=length)
     shortest = 19 if split == "train" else 1 + 9 * 2 + 9 * 4
     per_window = -(-length // shortest)
@@ -230,7 +296,9 @@ def test_chance_level_is_what_a_random_word_scores():
     assert task.chance("hop1") == 1 / 8
 
 
-@pytest.mark.parametrize(("K", "hops"), [(8, (1, 2, 4, 8)), (16, (1, 2, 4, 8, 16)), (6, (1, 2, 4, 6)), (32, (1, 2, 4, 8, 16, 24, 32))])
+@pytest.mark.parametrize(
+    ("K", "hops"), [(8, (1, 2, 4, 8)), (16, (1, 2, 4, 8, 16)), (6, (1, 2, 4, 6)), (32, (1, 2, 4, 8, 16, 24, 32))]
+)
 def test_evaluation_hops(K, hops):
     assert Depo(K=K).evaluation_hops == hops
 

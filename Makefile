@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: make train, make test.
+PYTHON ?= python3
+# With pip alone: on a machine with a GPU this is the CUDA build. Any torch from 2.11 to 2.13 will do: make train TORCH=torch==2.11.0
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help train test lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: .venv/base ## the quickstart: one small model without Canon layers and with them; minutes on two cores
+	$(BIN)/python src/train.py experiment=quickstart
+
+test: .venv/dev ## all tests but the slow ones and those that need a GPU
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+lint: .venv/dev ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: .venv/dev ## rewrite files to the house style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what runs left behind (not the environment)
+	rm -rf logs data .pytest_cache .ruff_cache
+
+.venv/base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/base
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@

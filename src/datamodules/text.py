@@ -1,0 +1,133 @@
+"""Real text as a LightningDataModule: tokenised once, read for ever (``corpora/``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.datamodules.base import StreamDataModule
+from src.datamodules.corpora import Corpus, Source, TokenizerOptions, prepare, training_indices
+from src.datamodules.permutation import permute_array
+from src.datamodules.stream import WindowSource
+from src.evaluation.evaluators import TextEvaluator
+
+# Keys of the permutations that pick evaluation windows.
+_SPREAD = {"val": 1, "test": 2}
+
+
+class TextDataModule(StreamDataModule):
+    """Cuts a corpus into windows of consecutive tokens, which overlap by one: every token is a target exactly once.
+
+    Documents are stored as <bos> text <eos> and concatenated; windows ignore their boundaries unless ``isolate``. Training reads
+    all windows in an order that is a keyed permutation of its own in every epoch.
+
+    Args:
+        source: where the documents come from, see ``src.datamodules.corpora``; or what makes it out of ``path``.
+        window: tokens in a window; one fewer is predicted.
+        batch_size: windows per optimizer step, over all ranks and accumulated micro-batches.
+        cache_dir: where tokenised corpora are kept.
+        tokenizer: ``bpe`` (trained on the training documents), ``bytes``, or the path of a ``tokenizer.json``.
+        tokenizer_size: vocabulary of ``bpe``; None for its default.
+        val_share: share of the documents held out for validation.
+        test_share: share of the documents held out for the test.
+        val_windows: validation windows, spread over the split; None for all.
+        test_windows: test windows, likewise.
+        eval_batch_size: windows per evaluation batch, of one rank.
+        isolate: keep documents apart within a window.
+        num_workers: processes that prepare batches.
+        seed: of the order of training windows.
+        path: the file or folder to be read, for sources that need one.
+    """
+
+    def __init__(
+        self,
+        source: Source | Callable[[str], Source],
+        *,
+        window: int,
+        batch_size: int,
+        cache_dir: str,
+        tokenizer: str = "bpe",
+        tokenizer_size: int | None = None,
+        val_share: float = 0.05,
+        test_share: float = 0.05,
+        val_windows: int | None = None,
+        test_windows: int | None = None,
+        eval_batch_size: int = 32,
+        isolate: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+        path: str | None = None,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        if window < 2:
+            raise ValueError(f"data.window={window}: at least 2 tokens")
+        for name, limit in (("val_windows", val_windows), ("test_windows", test_windows)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"data.{name}={limit}: at least 1, or null for all")
+        if not isinstance(source, Source):
+            if path is None:
+                raise ValueError("data.path: must name a file or folder of text")
+            source = source(path)
+        self.documents, self.window, self.isolate, self.seed = source, window, isolate, seed
+        self.cache_dir = Path(cache_dir)
+        self.options = TokenizerOptions(tokenizer, vocab_size=tokenizer_size)
+        self.val_share, self.test_share = val_share, test_share
+        self._limits = {"val": val_windows, "test": test_windows}
+
+    def prepare_data(self) -> None:
+        """Tokenises the corpus unless it is in the cache; Lightning calls this on one process of each node."""
+        _ = self.corpus
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The tokenised corpus. Processes that ask at once all end up with the same one."""
+        return prepare(
+            self.documents, self.options, self.cache_dir, val_share=self.val_share, test_share=self.test_share
+        )
+
+    @property
+    def source(self) -> WindowSource:
+        """This module itself."""
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokeniser's."""
+        return self.corpus.vocab_size
+
+    @property
+    def window_length(self) -> int:
+        """Tokens in a window."""
+        return self.window
+
+    def windows(self, split: str, first: int, count: int) -> dict[str, NDArray[Any]]:
+        """See ``WindowSource.windows``; every token but the first of a window is a target."""
+        stream, length = self.corpus.split(split), self.window - 1
+        total = stream.num_windows(length)
+        if split == "train":
+            indices = training_indices(total, self.seed, first, count)
+        else:
+            # Spread over the split: its first windows would be its alphabetically first documents.
+            indices = permute_array(np.arange(first, first + count), total, key=_SPREAD[split])
+        batch = {"tokens": stream.windows(indices, length)}
+        return batch | {"segments": stream.segments(indices, length)} if self.isolate else batch
+
+    def num_windows(self, split: str) -> int | None:
+        """See ``WindowSource.num_windows``."""
+        total = self.corpus.split(split).num_windows(self.window - 1)
+        limit = self._limits.get(split)
+        return total if limit is None else min(limit, total)
+
+    def evaluator(self) -> TextEvaluator:
+        """Loss, token accuracy and bits per byte."""
+        return TextEvaluator(self.corpus.tokenizer.bytes_per_token)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The corpus's own, which covers every document and the tokeniser, and how it is cut."""
+        splits = {split: dict(self.corpus.meta["splits"][split]) for split in ("train", "val", "test")}
+        return {"corpus": self.corpus.name, "fingerprint": self.corpus.fingerprint, "seed": self.seed, "splits": splits}
