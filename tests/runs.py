@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from src.build import CONFIG_DIR
+from src.entry import entrypoint
 from src.run import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +72,18 @@ def command(script: str, *arguments: str, check: bool = True, **environment: str
     )
     assert not check or done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done
+
+
+def main(job: Callable[[Any], Any], config_name: str, *arguments: str) -> None:
+    """A command line in this process: what ``python src/<script>.py`` does after its imports. Exits as it does."""
+    before = sys.argv
+    GlobalHydra.instance().clear()
+    sys.argv = [config_name, *arguments]
+    try:
+        entrypoint(config_name, job)
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().clear()
 
 
 def results(folder: Path) -> dict[str, Any]:

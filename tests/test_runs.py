@@ -9,7 +9,8 @@ import torch
 
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.config import ConfigError
-from tests.runs import TINY, command, results, same, tiny_run
+from src.train import train
+from tests.runs import TINY, command, main, results, same, tiny_run
 
 CANON = "canon.positions=ABCD"
 
@@ -67,7 +68,7 @@ def test_accumulation_does_not_change_the_loss(tmp_path, straight):
 def test_checkpoints_hold_plain_data_only(straight):
     checkpoint = final(straight[0])  # weights_only=True refuses anything else
     assert checkpoint["config"]["canon"]["positions"] == "ABCD"
-    assert checkpoint["config"]["model"]["vocab_size"] == 37
+    assert checkpoint["config"]["model"]["vocab_size"] == 21
     assert checkpoint["global_step"] == 6
 
 
@@ -75,7 +76,7 @@ def test_load_model_opens_file_and_folder(straight):
     folder, _ = straight
     net = load_model(folder)
     assert not net.training
-    ids = torch.randint(37, (2, 9))
+    ids = torch.randint(21, (2, 9))
     assert torch.equal(net(ids), load_model(folder / "checkpoints" / "last.ckpt")(ids))
     assert same(dict(net.state_dict()), {k.removeprefix("net."): v for k, v in final(folder)["state_dict"].items()})
 
@@ -116,7 +117,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, strategy):
         assert curve(tmp_path / "two", column) == pytest.approx(curve(tmp_path / "one", column), abs=1e-5)
     a, b = results(tmp_path / "one")["metrics"], results(tmp_path / "two")["metrics"]
     assert a == pytest.approx(b, abs=1e-5)
-    ids = torch.randint(37, (2, 9))
+    ids = torch.randint(21, (2, 9))
     torch.testing.assert_close(
         load_model(tmp_path / "one")(ids), load_model(tmp_path / "two")(ids), atol=1e-4, rtol=1e-4
     )
@@ -162,12 +163,27 @@ def test_quickstart_command_compares_two_models(tmp_path):
     ],
     ids=lambda v: v[0] if isinstance(v, list) and "=" in v[0] else "",
 )
-def test_a_newcomers_mistake_ends_in_one_clear_message(arguments, words, tmp_path):
-    done = command("train", *arguments, "trainer=cpu", f"hydra.run.dir={tmp_path}", check=False)
-    assert done.returncode == 2
-    message = done.stderr[done.stderr.index("error:") :]
-    assert "Traceback" not in done.stderr
+def test_a_newcomers_mistake_ends_in_one_clear_message(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main(train, "train", *arguments, "trainer=cpu", f"hydra.run.dir={tmp_path}")
+    assert exit_status.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error:")
+    assert "Traceback" not in message
     assert all(word in message for word in words), message
+
+
+def test_the_command_itself_ends_so_too(tmp_path):
+    done = command("train", "canon.positions=AX", f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no such point X" in done.stderr
+
+
+def test_help_is_a_page_that_names_every_group():
+    done = command("train", "--help")
+    for word in ("experiment=quickstart", "canon.positions=", "ckpt_path=", "position: ", "size: ", "-m "):
+        assert word in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -202,6 +202,17 @@ def test_left_padding_changes_nothing_and_never_leaks(backend, activation):
 
 
 @both
+def test_nan_does_not_leave_its_document(backend):
+    x, weight = rand(1, 12, 6), rand(6, 4)
+    x[:, :5] = torch.nan
+    ids = torch.tensor([[0] * 5 + [1] * 7])
+    x.requires_grad_()
+    y = conv(x, weight, segments=ids, backend=backend)
+    assert y[:, 5:].isfinite().all()
+    assert torch.autograd.grad(y.sum(), x)[0][:, 5:].isfinite().all()
+
+
+@both
 def test_padding_in_the_middle_counts_as_zero(backend):
     x, weight = rand(1, 6, 2), rand(2, 3)
     ids = torch.tensor([[0, 0, -2, 0, -1, -1]])
