@@ -34,7 +34,7 @@ def compare(config: DictConfig) -> dict[str, dict[str, float]]:
         Test metrics by variant.
     """
     output_dir = Path(config.paths.output_dir)
-    configs = variants(config, output_dir)
+    configs = variants(config, output_dir, list(HydraConfig.get().overrides.task))
     for variant in configs.values():
         checked(variant)  # a mistake in the last variant is found before the first is trained
     results = {}
@@ -45,15 +45,14 @@ def compare(config: DictConfig) -> dict[str, dict[str, float]]:
     return results
 
 
-def variants(config: DictConfig, output_dir: Path) -> dict[str, DictConfig]:
-    """The configuration of every variant, by name."""
+def variants(config: DictConfig, output_dir: Path, base: list[str]) -> dict[str, DictConfig]:
+    """The configuration of every variant, by name: the command line's overrides ``base``, then the variant's own."""
     if not OmegaConf.is_dict(config.compare) or not config.compare:
         raise ConfigError("compare: a mapping from names to lists of overrides, such as {none: ['canon.positions=']}")
     if config.ckpt_path is not None:
         raise ConfigError(
             "ckpt_path: a comparison starts each variant afresh; resume one with compare=null and its overrides"
         )
-    base = list(HydraConfig.get().overrides.task)
     result = {}
     for name, overrides in config.compare.items():
         own = [*overrides, f"paths.output_dir='{output_dir / slug(str(name))}'", "compare=null"]

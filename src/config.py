@@ -34,6 +34,13 @@ def to_plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig | ListConfig) else config
 
 
+def check_complete(config: DictConfig) -> None:
+    """Raises a ConfigError that names the values which the user still has to give (``???`` in YAML)."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: must be given, as in {missing[0]}=...")
+
+
 def config_hash(config: Any) -> str:
     """Twelve hexadecimal digits that differ when any resolved value differs."""
     text = json.dumps(to_plain(config), sort_keys=True, default=str)

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.build import CONFIG_DIR, compose_config
 from src.config import ConfigError, suggest
+from src.datamodules.corpora.errors import CorpusError
 
 
 def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
@@ -32,7 +33,7 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     def guarded(config: DictConfig) -> Any:
         try:
             return job(config)
-        except (ConfigError, MisconfigurationException, OmegaConfBaseException) as error:
+        except (ConfigError, CorpusError, MisconfigurationException, OmegaConfBaseException) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             fail(str(error))

@@ -15,13 +15,14 @@ from omegaconf import DictConfig  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from src.config import ConfigError, instantiate  # noqa: E402
+from src.config import ConfigError, check_complete, instantiate  # noqa: E402
 from src.datamodules.text import TextDataModule  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
 
 
 def prepare(config: DictConfig) -> None:
     """Tokenises, and prints what there is."""
+    check_complete(config)
     datamodule = instantiate(config.data, "data")
     if not isinstance(datamodule, TextDataModule):
         raise ConfigError(

@@ -18,8 +18,9 @@ from src.build import model_from_config
 from src.checkpoints.files import check_same_data, check_same_model, find_checkpoint, read_checkpoint
 from src.components.backbone import Backbone
 from src.components.kernels.registry import used_backends
-from src.config import ConfigError, check, config_hash, instantiate, to_plain
+from src.config import ConfigError, check, check_complete, config_hash, instantiate, to_plain
 from src.datamodules.base import StreamDataModule
+from src.datamodules.stream import Share
 from src.modules.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def run(config: DictConfig) -> dict[str, float]:
     L.seed_everything(plain["seed"], verbose=False)
     trainer = build_trainer(plain)
     datamodule: StreamDataModule = instantiate(plain["data"], "data")
+    check_cut(datamodule, trainer)
     net = build_net(plain, datamodule)
     if checkpoint is not None:
         opened = read_checkpoint(checkpoint)
@@ -75,6 +77,7 @@ def checked(config: DictConfig) -> dict[str, Any]:
 
     The model is built once on the meta device: an impossible combination is found before any data is prepared.
     """
+    check_complete(config)
     plain = to_plain(config)
     plain.pop("compare", None)
     probe = plain["model"] | {"vocab_size": plain["model"]["vocab_size"] or 2}
@@ -90,6 +93,14 @@ def checked(config: DictConfig) -> dict[str, Any]:
     if plain["trainer"].get("accelerator") == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=cuda: no CUDA device here. Use trainer=cpu")
     return plain
+
+
+def check_cut(datamodule: StreamDataModule, trainer: L.Trainer) -> None:
+    """Raises a ConfigError when the global batch cannot be cut evenly among processes and micro-batches."""
+    try:
+        Share(datamodule.batch_size, 0, trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def build_net(plain: dict[str, Any], datamodule: StreamDataModule) -> Backbone:

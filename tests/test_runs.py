@@ -2,6 +2,8 @@
 
 import csv
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,10 @@ def test_quickstart_command_compares_two_models(tmp_path):
         (["ckpt_path=nowhere.ckpt"], ["ckpt_path=nowhere.ckpt", "no such file"]),
         (["data.task.N=2"], ["Depo.N=2: at least 3"]),
         (["train=false"], ["ckpt_path= must say"]),
+        (["data=text_files", "data.path=/nowhere"], ["/nowhere"]),
+        (["data=text_files"], ["data.path"]),
+        (["trainer.accumulate_grad_batches=3"], ["data.batch_size=128", "3 accumulated"]),
+        (["trainer.precision=12"], ["trainer.precision=12"]),
         (["data.window=nan"], ["data.window"]),
     ],
     ids=lambda v: v[0] if isinstance(v, list) and "=" in v[0] else "",
@@ -224,3 +230,33 @@ def test_a_folder_without_checkpoint_says_what_it_holds(tmp_path, straight):
 def test_targets_outside_the_project_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="os.system.*only targets under"):
         tiny_run(tmp_path, "optimizer._target_=os.system")
+
+
+def test_bf16_mixed_precision_trains(tmp_path, straight):
+    tiny_run(tmp_path, CANON, "trainer.max_steps=6", "trainer.precision=bf16-mixed")
+    assert final(tmp_path)["state_dict"]["net.head.weight"].dtype == torch.float32
+    assert curve(tmp_path, "train/loss") == pytest.approx(curve(straight[0], "train/loss"), rel=0.02)
+
+
+def test_documents_kept_apart_in_training(tmp_path, straight):
+    tiny_run(tmp_path, CANON, "trainer.max_steps=6", "data.isolate=true")
+    assert curve(tmp_path, "train/loss") != curve(straight[0], "train/loss")
+
+
+def test_interruption_by_a_misbehaving_rank_is_not_silent(tmp_path):
+    """Ranks with different configurations stop, and say why: each rank draws its own number here."""
+    folder = tmp_path / "run"
+    options = [*TINY, "trainer.devices=2", "trainer.accelerator=cpu", f"hydra.run.dir={folder}"]
+    options = ["trainer=ddp" if o == "trainer=cpu" else o for o in options]
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys, os, random; sys.path.insert(0, {str(Path.cwd())!r}); import src.train as t\n"
+        "from omegaconf import OmegaConf\n"
+        "OmegaConf.register_new_resolver('draw', lambda: random.random())\n"
+        "t.entrypoint('train', t.train)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), *options, "optimizer.lr=${draw:}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "the ranks run different configurations" in done.stderr
