@@ -53,6 +53,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*")
 
 
 def fail(message: str) -> None:

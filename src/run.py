@@ -148,7 +148,7 @@ def introduce(plain: dict[str, Any], net: Backbone, datamodule: StreamDataModule
     log.info(
         f"{plain['name']}: {net.count_parameters():,} parameters, {net.depth} x {net.dim} {net.pattern}, "
         f"Canon {canon}, {plain['trainer']['max_steps']:,} steps of {datamodule.batch_size} x "
-        f"{datamodule.window_length} tokens, in {output_dir}"
+        f"{datamodule.window} tokens, in {output_dir}"
     )
 
 
@@ -168,8 +168,8 @@ def record(
         "config_hash": config_hash({k: v for k, v in plain.items() if k not in ("paths", "logger", "callbacks")}),
         "data": datamodule.fingerprint(),
         "parameters": net.count_parameters(),
-        "flops_per_token": net.flops_per_token(datamodule.window_length - 1),
-        "state_size": net.state_size(datamodule.window_length - 1),
+        "flops_per_token": net.flops_per_token(datamodule.window - 1),
+        "state_size": net.state_size(datamodule.window - 1),
         "backends": used_backends(),
         "steps": trainer.global_step,
         "seconds": round(seconds, 3),

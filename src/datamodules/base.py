@@ -23,34 +23,31 @@ class StreamDataModule(L.LightningDataModule, ABC):
     """Serves a window source by the stream contract (``stream.py``).
 
     Args:
+        window: tokens in a window; one fewer is predicted.
         batch_size: windows per optimizer step, over all ranks and accumulated micro-batches.
         eval_batch_size: windows per evaluation batch, of one rank.
         num_workers: processes that prepare batches; 0 does it in the training process.
     """
 
-    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int):
+    def __init__(self, window: int, batch_size: int, eval_batch_size: int, num_workers: int):
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1)):
+        limits = {"window": (window, 2), "batch_size": (batch_size, 1)}
+        limits |= {"eval_batch_size": (eval_batch_size, 1), "num_workers": (num_workers, 0)}
+        for name, (value, least) in limits.items():
             if value < least:
                 raise ValueError(f"data.{name}={value}: at least {least}")
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers={num_workers}: at least 0")
+        self.window = window
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
 
     @property
     @abstractmethod
     def source(self) -> WindowSource:
-        """Where windows come from."""
+        """Where windows come from; travels to data-loading processes."""
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
         """One more than the largest token id."""
-
-    @property
-    @abstractmethod
-    def window_length(self) -> int:
-        """Tokens in a window (one more than are predicted in it)."""
 
     @abstractmethod
     def evaluator(self) -> Evaluator:

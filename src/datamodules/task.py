@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any, cast
 
 from numpy.typing import NDArray
 
 from src.datamodules.base import StreamDataModule
-from src.datamodules.stream import WindowSource
 from src.datamodules.tasks.base import Split, Task
 from src.evaluation.evaluators import TaskEvaluator
+
+
+@dataclass(frozen=True)
+class TaskWindows:
+    """The windows of a synthetic task: a ``WindowSource``.
+
+    Args:
+        task: what is packed.
+        window: tokens in a window.
+        seed: of the data.
+        sizes: windows in each evaluation split.
+        isolate: number the examples of a window, to keep them apart.
+    """
+
+    task: Task
+    window: int
+    seed: int
+    sizes: dict[str, int]
+    isolate: bool = False
+
+    def windows(self, split: str, first: int, count: int) -> dict[str, NDArray[Any]]:
+        """See ``WindowSource.windows``."""
+        packed = self.task.windows(self.seed, cast(Split, split), first, count, self.window)
+        batch: dict[str, NDArray[Any]] = {"tokens": packed.tokens, "loss_mask": packed.loss_mask}
+        return batch | {"segments": packed.segments} if self.isolate else batch
+
+    def num_windows(self, split: str) -> int | None:
+        """See ``WindowSource.num_windows``."""
+        return self.sizes.get(split)
 
 
 class TaskDataModule(StreamDataModule):
@@ -44,41 +73,24 @@ class TaskDataModule(StreamDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ):
-        super().__init__(batch_size, eval_batch_size, num_workers)
-        if window < 2:
-            raise ValueError(f"data.window={window}: at least 2 tokens")
-        self.task, self.window, self.isolate, self.seed = task, window, isolate, seed
-        self._sizes: dict[str, int] = {"val": val_windows, "test": test_windows}
+        super().__init__(window, batch_size, eval_batch_size, num_workers)
         longest = getattr(task, "max_length", 0)
         if longest > window:
             raise ValueError(
                 f"data.window={window}: the longest example of {task.name} has {longest} tokens and would never be whole"
             )
+        self.task, self.seed = task, seed
+        self._source = TaskWindows(task, window, seed, {"val": val_windows, "test": test_windows}, isolate)
 
     @property
-    def source(self) -> WindowSource:
-        """This module itself."""
-        return self
+    def source(self) -> TaskWindows:
+        """The task's windows."""
+        return self._source
 
     @property
     def vocab_size(self) -> int:
         """The task's."""
         return self.task.vocab_size
-
-    @property
-    def window_length(self) -> int:
-        """Tokens in a window."""
-        return self.window
-
-    def windows(self, split: str, first: int, count: int) -> dict[str, NDArray[Any]]:
-        """See ``WindowSource.windows``."""
-        packed = self.task.windows(self.seed, cast(Split, split), first, count, self.window)
-        batch: dict[str, NDArray[Any]] = {"tokens": packed.tokens, "loss_mask": packed.loss_mask}
-        return batch | {"segments": packed.segments} if self.isolate else batch
-
-    def num_windows(self, split: str) -> int | None:
-        """See ``WindowSource.num_windows``."""
-        return self._sizes.get(split)
 
     def evaluator(self) -> TaskEvaluator:
         """Loss, token accuracy, and the task's own score."""

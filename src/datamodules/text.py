@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.datamodules.base import StreamDataModule
-from src.datamodules.corpora import Corpus, Source, TokenizerOptions, prepare, training_indices
+from src.datamodules.corpora import SPLITS, Corpus, Source, TokenizerOptions, TokenStream, prepare, training_indices
 from src.datamodules.permutation import permute_array
-from src.datamodules.stream import WindowSource
 from src.evaluation.evaluators import TextEvaluator
 
 # Keys of the permutations that pick evaluation windows.
 _SPREAD = {"val": 1, "test": 2}
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """The windows of a corpus: a ``WindowSource``. Every token but the first of a window is a target.
+
+    Args:
+        streams: the tokens of each split.
+        window: tokens in a window.
+        seed: of the order of training windows.
+        limits: most windows of each evaluation split; None for all.
+        isolate: number the documents of a window, to keep them apart.
+    """
+
+    streams: dict[str, TokenStream]
+    window: int
+    seed: int
+    limits: dict[str, int | None]
+    isolate: bool = False
+
+    def windows(self, split: str, first: int, count: int) -> dict[str, NDArray[Any]]:
+        """See ``WindowSource.windows``."""
+        stream, length = self.streams[split], self.window - 1
+        total = stream.num_windows(length)
+        if split == "train":
+            indices = training_indices(total, self.seed, first, count)
+        else:
+            # Spread over the split: its first windows would be its alphabetically first documents.
+            indices = permute_array(np.arange(first, first + count), total, key=_SPREAD[split])
+        batch = {"tokens": stream.windows(indices, length)}
+        return batch | {"segments": stream.segments(indices, length)} if self.isolate else batch
+
+    def num_windows(self, split: str) -> int | None:
+        """See ``WindowSource.num_windows``."""
+        total, limit = self.streams[split].num_windows(self.window - 1), self.limits.get(split)
+        return total if limit is None else min(limit, total)
 
 
 class TextDataModule(StreamDataModule):
@@ -63,9 +99,7 @@ class TextDataModule(StreamDataModule):
         seed: int = 0,
         path: str | None = None,
     ):
-        super().__init__(batch_size, eval_batch_size, num_workers)
-        if window < 2:
-            raise ValueError(f"data.window={window}: at least 2 tokens")
+        super().__init__(window, batch_size, eval_batch_size, num_workers)
         for name, limit in (("val_windows", val_windows), ("test_windows", test_windows)):
             if limit is not None and limit < 1:
                 raise ValueError(f"data.{name}={limit}: at least 1, or null for all")
@@ -73,11 +107,11 @@ class TextDataModule(StreamDataModule):
             if path is None:
                 raise ValueError("data.path: must name a file or folder of text")
             source = source(path)
-        self.documents, self.window, self.isolate, self.seed = source, window, isolate, seed
+        self.documents, self.isolate, self.seed = source, isolate, seed
         self.cache_dir = Path(cache_dir)
         self.options = TokenizerOptions(tokenizer, vocab_size=tokenizer_size)
         self.val_share, self.test_share = val_share, test_share
-        self._limits = {"val": val_windows, "test": test_windows}
+        self.limits = {"val": val_windows, "test": test_windows}
 
     def prepare_data(self) -> None:
         """Tokenises the corpus unless it is in the cache; Lightning calls this on one process of each node."""
@@ -90,38 +124,16 @@ class TextDataModule(StreamDataModule):
             self.documents, self.options, self.cache_dir, val_share=self.val_share, test_share=self.test_share
         )
 
-    @property
-    def source(self) -> WindowSource:
-        """This module itself."""
-        return self
+    @cached_property
+    def source(self) -> TextWindows:
+        """The corpus's windows."""
+        streams = {split: self.corpus.split(split) for split in SPLITS}
+        return TextWindows(streams, self.window, self.seed, self.limits, self.isolate)
 
     @property
     def vocab_size(self) -> int:
         """The tokeniser's."""
         return self.corpus.vocab_size
-
-    @property
-    def window_length(self) -> int:
-        """Tokens in a window."""
-        return self.window
-
-    def windows(self, split: str, first: int, count: int) -> dict[str, NDArray[Any]]:
-        """See ``WindowSource.windows``; every token but the first of a window is a target."""
-        stream, length = self.corpus.split(split), self.window - 1
-        total = stream.num_windows(length)
-        if split == "train":
-            indices = training_indices(total, self.seed, first, count)
-        else:
-            # Spread over the split: its first windows would be its alphabetically first documents.
-            indices = permute_array(np.arange(first, first + count), total, key=_SPREAD[split])
-        batch = {"tokens": stream.windows(indices, length)}
-        return batch | {"segments": stream.segments(indices, length)} if self.isolate else batch
-
-    def num_windows(self, split: str) -> int | None:
-        """See ``WindowSource.num_windows``."""
-        total = self.corpus.split(split).num_windows(self.window - 1)
-        limit = self._limits.get(split)
-        return total if limit is None else min(limit, total)
 
     def evaluator(self) -> TextEvaluator:
         """Loss, token accuracy and bits per byte."""
@@ -129,5 +141,5 @@ class TextDataModule(StreamDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """The corpus's own, which covers every document and the tokeniser, and how it is cut."""
-        splits = {split: dict(self.corpus.meta["splits"][split]) for split in ("train", "val", "test")}
+        splits = {split: dict(self.corpus.meta["splits"][split]) for split in SPLITS}
         return {"corpus": self.corpus.name, "fingerprint": self.corpus.fingerprint, "seed": self.seed, "splits": splits}

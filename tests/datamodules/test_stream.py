@@ -1,3 +1,4 @@
+import pickle
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from src.datamodules.tasks import Depo
 
 def source(**options: Any) -> Any:
     settings: dict[str, Any] = {"window": 64, "batch_size": 12, "val_windows": 10, "test_windows": 7}
-    return TaskDataModule(Depo(N=8, K=2, mini_vocab=16, word_length=(1, 1), compact_ids=True), **settings | options)
+    return TaskDataModule(
+        Depo(N=8, K=2, mini_vocab=16, word_length=(1, 1), compact_ids=True), **settings | options
+    ).source
 
 
 def global_batch(step, world_size=1, accumulate=1, batch_size=12):
@@ -32,6 +35,11 @@ def test_global_batch_n_is_the_same_however_it_is_cut_up(world_size, accumulate)
 
 def test_batches_differ_from_step_to_step():
     assert not torch.equal(global_batch(0), global_batch(1))
+
+
+def test_sources_travel_to_other_processes():
+    again = pickle.loads(pickle.dumps(source()))
+    assert np.array_equal(again.windows("train", 5, 2)["tokens"], source().windows("train", 5, 2)["tokens"])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])

@@ -153,6 +153,15 @@ def _sweep(out, source, table, x, sums, segments, first, last, length, channels,
 
 
 @_compiled
+def _sweep_tiles(out, source, table, x, sums, segments, begin, end, tile_rows, rows, length, channels, taps, direction):
+    """Sweep tiles `begin` to `end`; tile i leaves its weight gradients in sums[i]."""
+    for tile in range(begin, end):
+        first = tile * tile_rows
+        last = min(first + tile_rows, rows)
+        _sweep(out, source, table, x, sums[tile], segments, first, last, length, channels, taps, direction)
+
+
+@_compiled
 def _fill_table(table, weight, bias, residual, channels, taps):
     """Lay out weight [C * K] and bias [C] (or nothing) as `_sweep` wants them: by distance, once per joined row."""
     joined = table.size // (taps + 1) // channels
@@ -273,30 +282,33 @@ def _run(
     taps = table_.size // (joined * channels) - 1
     parts = sums.numpy()
 
-    def sweep(tile: int) -> None:
-        first = tile * tile_rows
-        last = min(first + tile_rows, rows)
-        _sweep(out_, source_, table_, x_, parts[tile], ids, first, last, length, channels, taps, direction)
+    def sweep(begin: int, end: int) -> None:
+        _sweep_tiles(
+            out_, source_, table_, x_, parts, ids, begin, end, tile_rows, rows, length, channels, taps, direction
+        )
 
-    helpers = min(torch.get_num_threads(), tiles) - 1 if out.numel() >= _SERIAL_BELOW else 0
-    _share(sweep, tiles, helpers)
+    _share(sweep, tiles, torch.get_num_threads() if out.numel() >= _SERIAL_BELOW else 1)
 
 
-def _share(work: Callable[[int], None], tasks: int, helpers: int) -> None:
-    """Do every task once, on this thread and up to `helpers` others."""
-    todo = deque(range(tasks))
+def _share(work: Callable[[int, int], None], tasks: int, threads: int) -> None:
+    """Do tasks 0 ... tasks - 1, each once, on this thread and up to `threads` - 1 others; `work` takes a range."""
+    if threads == 1:
+        work(0, tasks)
+        return
+    size = -(-tasks // (4 * threads))  # few enough that threads seldom wait for the GIL in between
+    todo = deque(range(0, tasks, size))
 
     def drain(take: Callable[[], int]) -> None:
         while True:
             try:
-                task = take()
+                begin = take()
             except IndexError:
                 return
-            work(task)
+            work(begin, min(begin + size, tasks))
 
     # Helpers take from the far end: a core then tends to meet the same part of a tensor in one operation after another.
     # A helper that has not started when the tasks run out is called off: a busy pool delays nothing, never deadlocks.
-    futures = [_pool().submit(drain, todo.pop) for _ in range(helpers)]
+    futures = [_pool().submit(drain, todo.pop) for _ in range(min(threads, len(todo)) - 1)]
     drain(todo.popleft)
     for future in futures:
         if not future.cancel():

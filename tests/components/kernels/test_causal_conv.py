@@ -4,6 +4,7 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -412,7 +413,7 @@ def test_same_bits_on_any_number_of_threads(threads, monkeypatch):
         threads(count)
         for one, many in zip(alone, outputs(*case), strict=True):
             assert np.array_equal(one, many)
-    assert shared == [0, 0, 1, 1, 2, 2, 4, 4]
+    assert shared == [1, 1, 2, 2, 3, 3, 5, 5]
 
 
 def test_calls_from_several_threads_at_once(threads):
@@ -425,12 +426,24 @@ def test_calls_from_several_threads_at_once(threads):
 
 
 def test_an_error_in_a_helper_reaches_the_caller():
-    def work(task: int) -> None:
-        if task == 40:
-            raise ArithmeticError("tile 40")
+    main = threading.current_thread()
 
-    with pytest.raises(ArithmeticError, match="tile 40"):
+    def work(begin: int, end: int) -> None:
+        if threading.current_thread() is main:
+            time.sleep(0.05)
+        else:
+            raise ArithmeticError("in a helper")
+
+    with pytest.raises(ArithmeticError, match="in a helper"):
         causal_conv_cpu._share(work, 50, 3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 70])
+@pytest.mark.parametrize("tasks", [1, 2, 50])
+def test_each_tile_is_done_once(threads, tasks):
+    done = []
+    causal_conv_cpu._share(lambda begin, end: done.extend(range(begin, end)), tasks, threads)
+    assert sorted(done) == list(range(tasks))
 
 
 def _in_child(queue, *case: Tensor) -> None:

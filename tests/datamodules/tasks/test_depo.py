@@ -177,7 +177,7 @@ def test_every_example_is_a_cycle_with_right_answers(options, split, index, seed
 
 
 def test_examples_depend_on_seed_split_and_index_and_on_nothing_else():
-    task = Depo(N=20)
+    task: Any = Depo(N=20)
     reference = task.example(0, "train", 5)[0]
     assert np.array_equal(reference, Depo(N=20).example(0, "train", 5)[0])
     for other in [(1, "train", 5), (0, "val", 5), (0, "train", 6)]:
