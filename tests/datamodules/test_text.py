@@ -14,16 +14,11 @@ def module(tmp_path):
     for i in range(60):
         (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1, 30 + i)))
 
-    def build(**options):
-        settings: dict[str, Any] = {
-            "window": 33,
-            "batch_size": 4,
-            "cache_dir": str(tmp_path / "cache"),
-            "tokenizer": "bytes",
-        }
-        return TextDataModule(
-            TextFiles(str(tmp_path / "texts")), **settings | {"val_share": 0.1, "test_share": 0.1} | options
-        )
+    def build(**options: Any) -> TextDataModule:
+        settings: dict[str, Any] = {"window": 33, "batch_size": 4, "cache_dir": str(tmp_path / "cache")}
+        settings.update(tokenizer="bytes", val_share=0.1, test_share=0.1)
+        settings.update(options)
+        return TextDataModule(TextFiles(str(tmp_path / "texts")), **settings)
 
     return build
 
