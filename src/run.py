@@ -30,7 +30,7 @@ def run(config: DictConfig) -> dict[str, float]:
     """Trains and tests as ``configs/train.yaml`` describes.
 
     Returns:
-        The test metrics (or, without a test, the last validation's).
+        The metrics of the last validation and of the test.
 
     Raises:
         ConfigError: before anything is trained, for a configuration or checkpoint that cannot be.
@@ -60,16 +60,30 @@ def run(config: DictConfig) -> dict[str, float]:
 
     started = time.perf_counter()
     if plain["train"]:
-        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-        trainer.save_checkpoint(output_dir / "checkpoints" / "final.ckpt")
+        fit(trainer, module, datamodule, checkpoint, output_dir)
     metrics = dict(trainer.callback_metrics)
     if plain["test"]:
         weights = None if plain["train"] else checkpoint
         trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
-        metrics = dict(trainer.callback_metrics)
+        metrics |= trainer.callback_metrics
     result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
     record(output_dir, plain, net, datamodule, trainer, result, time.perf_counter() - started)
     return result
+
+
+def fit(
+    trainer: L.Trainer, module: LanguageModel, datamodule: StreamDataModule, checkpoint: str | None, output_dir: Path
+) -> None:
+    """Trains, and writes ``checkpoints/final.ckpt``; an interruption says how to go on."""
+    folder = output_dir / "checkpoints"
+    try:
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        kept = folder / "last.ckpt"
+        advice = f"go on with ckpt_path={kept}" if kept.exists() else "no checkpoint had been written yet"
+        log.warning(f"interrupted at step {trainer.global_step} of {trainer.max_steps}; {advice}")
+        raise
+    trainer.save_checkpoint(folder / "final.ckpt")
 
 
 def checked(config: DictConfig) -> dict[str, Any]:
