@@ -76,5 +76,6 @@ def summarise(
         chance = {f"test/accuracy/{group}": task.chance(group) for group in task.groups}
     found = [Variant(name, folders[name], metrics) for name, metrics in results.items()]
     print_table(found, chance)
-    figure = draw(found, output_dir / "comparison.png", title=config.name)
+    level = sum(chance.values()) / len(chance) if chance else None
+    figure = draw(found, output_dir / "comparison.png", config.name, level)
     print(f"figure: {figure}")

@@ -52,8 +52,14 @@ def read_curve(folder: Path, metric: str) -> tuple[list[int], list[float]]:
     return steps, values
 
 
-def draw(variants: list[Variant], path: Path, title: str) -> Path:
+def draw(variants: list[Variant], path: Path, title: str, chance: float | None = None) -> Path:
     """Draws training loss and one validation metric over the steps, all variants in each panel.
+
+    Args:
+        variants: finished runs.
+        path: of the figure.
+        title: above it.
+        chance: accuracy of guessing, drawn as a line where accuracy is shown.
 
     Returns:
         ``path``, a PNG.
@@ -72,6 +78,8 @@ def draw(variants: list[Variant], path: Path, title: str) -> Path:
     metric_axes.set(xlabel="optimizer step", ylabel=shown.removeprefix("val/").replace("_", " "), title="validation")
     if shown == "val/accuracy":
         metric_axes.set_ylim(0, 1.02)
+        if chance is not None:
+            metric_axes.axhline(chance, color="grey", linestyle=":", label="chance")
     for axes in (loss_axes, metric_axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
