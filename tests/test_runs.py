@@ -123,6 +123,11 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, strategy):
     torch.testing.assert_close(
         load_model(tmp_path / "one")(ids), load_model(tmp_path / "two")(ids), atol=1e-4, rtol=1e-4
     )
+    if strategy == "ddp":
+        # The same numbers added in the same order: two ranks are two accumulated micro-batches, bit for bit.
+        tiny_run(tmp_path / "cut", CANON, "trainer.max_steps=5", "trainer.accumulate_grad_batches=2")
+        assert curve(tmp_path / "cut", "train/loss") == curve(tmp_path / "two", "train/loss")
+        assert same(final(tmp_path / "cut")["state_dict"], final(tmp_path / "two")["state_dict"])
 
 
 def test_quickstart_command_compares_two_models(tmp_path):
