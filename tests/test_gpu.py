@@ -5,7 +5,7 @@ import torch
 
 from src.build import build_model
 from src.components.canon import Canon
-from tests.runs import TINY, results, tiny_run
+from tests.runs import results, tiny_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,9 +50,7 @@ def test_compiled_equals_eager():
 
 @pytest.mark.parametrize("compile_blocks", [False, True])
 def test_a_run_in_bf16(tmp_path, compile_blocks):
-    options = [o for o in TINY if o != "trainer=cpu"]
-    metrics = tiny_run(
-        tmp_path, *options, "trainer=gpu", "canon.positions=ABCD", f"compile={str(compile_blocks).lower()}"
-    )
+    gpu = ["trainer.accelerator=cuda", "trainer.precision=bf16-mixed"]
+    metrics = tiny_run(tmp_path, "canon.positions=ABCD", f"compile={str(compile_blocks).lower()}", *gpu)
     assert metrics["test/loss"] < 5
     assert results(tmp_path)["backends"]["causal_conv"]
