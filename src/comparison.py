@@ -53,6 +53,11 @@ def variants(config: DictConfig, output_dir: Path, base: list[str]) -> dict[str,
         raise ConfigError(
             "ckpt_path: a comparison starts each variant afresh; resume one with compare=null and its overrides"
         )
+    slugs = [slug(str(name)) for name in config.compare]
+    if len(set(slugs)) < len(slugs):
+        raise ConfigError(
+            f"compare: the names {', '.join(map(str, config.compare))} would share a folder; make them differ"
+        )
     result = {}
     for name, overrides in config.compare.items():
         own = [*overrides, f"paths.output_dir='{output_dir / slug(str(name))}'", "compare=null"]

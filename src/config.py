@@ -18,6 +18,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -76,7 +77,7 @@ def instantiate(config: Any, where: str = "", **arguments: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, ConfigError):
             raise cause from error
-        if isinstance(cause, ValueError | TypeError | OSError | ImportError):
+        if isinstance(cause, ValueError | TypeError | OSError | ImportError | MisconfigurationException):
             raise ConfigError(f"{where or config.get('_target_')}: {cause}") from error
         raise
 

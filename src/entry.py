@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -19,8 +20,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.build import CONFIG_DIR, compose_config
-from src.config import ConfigError, suggest
+from src.config import ConfigError, resolve_target, suggest
 from src.datamodules.corpora.errors import CorpusError
+
+_USERS_MISTAKES = (
+    ConfigError,
+    CorpusError,
+    MisconfigurationException,
+    OmegaConfBaseException,
+    PermissionError,
+    FileNotFoundError,
+    NotADirectoryError,
+)
 
 
 def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
@@ -33,15 +44,19 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     def guarded(config: DictConfig) -> Any:
         try:
             return job(config)
-        except (ConfigError, CorpusError, MisconfigurationException, OmegaConfBaseException) as error:
+        except _USERS_MISTAKES as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             fail(str(error))
 
     quieten()
     arguments = sys.argv[1:]
-    if not any(argument.startswith("-") for argument in arguments):
-        explain_overrides(config_name, arguments)
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    overrides = [argument for argument in arguments if argument not in flags]
+    if not flags:
+        explain_overrides(config_name, overrides)
+    elif flags <= {"-m", "--multirun"} and (message := _first_misspelt_key(config_name, overrides)):
+        fail(message)
     guarded.__module__ = "__main__"
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)()
 
@@ -66,7 +81,7 @@ def explain_overrides(config_name: str, overrides: list[str]) -> None:
     """Composes once ahead of Hydra, because its own message for a misspelt key does not say which keys exist."""
     try:
         compose_config(overrides, config_name)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         fail(_first_misspelt_key(config_name, overrides) or str(error))
@@ -82,12 +97,12 @@ def _first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
     groups = [o for o in parsed if (CONFIG_DIR / (o.key_or_group or "")).is_dir()]
     for override in groups:
         choices = sorted(p.stem for p in (CONFIG_DIR / override.key_or_group).glob("*.yaml"))
-        if isinstance(override.value(), str) and override.value() not in choices:
+        if not override.is_sweep_override() and isinstance(override.value(), str) and override.value() not in choices:
             return (
                 f"{override.key_or_group}={override.value()}: no such choice; {suggest(str(override.value()), choices)}"
             )
     try:
-        config = compose_config([_text(o) for o in groups], config_name)
+        config = compose_config([_text(o) for o in groups if not o.is_sweep_override()], config_name)
     except (HydraException, OmegaConfBaseException):
         return None
     for override in parsed:
@@ -96,6 +111,11 @@ def _first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
             if message:
                 return message
     return None
+
+
+def _is_argument(node: DictConfig, name: str) -> bool:
+    target = node.get("_target_")
+    return target is not None and name in inspect.signature(resolve_target(target)).parameters
 
 
 def _text(override: Override) -> str:
@@ -109,6 +129,8 @@ def _missing(config: DictConfig, key: str) -> str | None:
         if not OmegaConf.is_dict(node):
             return f"{key}: {'.'.join(path)} is a value, it has no key {part!r}"
         if part not in node:
+            if _is_argument(node, part):
+                return f"{key}: not set in the configuration so far; to add it write +{key}=..."
             where = ".".join(path)
             known = [str(name) for name in node if not str(name).startswith("_")]
             if not path:

@@ -15,10 +15,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from src.build import model_from_config
-from src.checkpoints.files import check_same_data, check_same_model, find_checkpoint, read_checkpoint
+from src.checkpoints.files import (
+    check_same_data,
+    check_same_model,
+    check_same_recipe,
+    find_checkpoint,
+    read_checkpoint,
+)
 from src.components.backbone import Backbone
 from src.components.kernels.registry import used_backends
-from src.config import ConfigError, check, check_complete, config_hash, instantiate, to_plain
+from src.config import ConfigError, check, check_complete, config_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.modules.language_model import LanguageModel
@@ -38,6 +44,8 @@ def run(config: DictConfig) -> dict[str, float]:
     plain = checked(config)
     output_dir = Path(plain["paths"]["output_dir"])
     checkpoint = _resume_from(plain)
+    if plain["train"]:
+        refuse_foreign_checkpoints(output_dir, checkpoint)
 
     L.seed_everything(plain["seed"], verbose=False)
     trainer = build_trainer(plain)
@@ -46,8 +54,10 @@ def run(config: DictConfig) -> dict[str, float]:
     net = build_net(plain, datamodule)
     if checkpoint is not None:
         opened = read_checkpoint(checkpoint)
-        check_same_model(opened, plain["model"], checkpoint)
         check_same_data(opened, datamodule.fingerprint(), checkpoint)
+        check_same_model(opened, plain["model"], checkpoint)
+        if plain["train"]:
+            check_same_recipe(opened, plain, checkpoint)
     module = LanguageModel(
         net,
         optimizer=instantiate(plain["optimizer"], "optimizer"),
@@ -94,19 +104,55 @@ def checked(config: DictConfig) -> dict[str, Any]:
     check_complete(config)
     plain = to_plain(config)
     plain.pop("compare", None)
-    probe = plain["model"] | {"vocab_size": plain["model"]["vocab_size"] or 2}
+    check_settings(plain)
     for section in ("data", "optimizer", "scheduler", "loss", "trainer", "callbacks", "logger", "canon"):
-        check(plain[section], section, {"callbacks", "logger"} if section == "trainer" else None)
-    model_from_config(probe, device="meta")
+        check(plain.get(section), section, {"callbacks", "logger"} if section == "trainer" else None)
+    net = model_from_config(plain["model"] | {"vocab_size": plain["model"]["vocab_size"] or 2}, device="meta")
+    for section in ("loss", "scheduler"):
+        instantiate(plain[section], section)
+    try:
+        instantiate(plain["optimizer"] | {"fused": False}, "optimizer")(net.named_parameters())
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return plain
+
+
+def check_settings(plain: dict[str, Any]) -> None:
+    """Checks what no class signature covers: the top-level keys, and numbers that Lightning would trip over later."""
+    kinds: dict[str, Any] = {"train": bool, "test": bool, "compile": bool, "seed": int, "name": str, "tags": list}
+    kinds |= {"ckpt_path": str | None, "optimized_metric": str | None}
+    sections = {"data", "model", "size", "position", "optimizer", "scheduler", "trainer", "callbacks", "logger"}
+    for key in plain:
+        if key not in sections | kinds.keys() | {"paths", "canon", "loss"}:
+            raise ConfigError(f"{key}: no such key; {suggest(key, sections | kinds.keys())}")
+    for key, kind in kinds.items():
+        if not isinstance(plain[key], kind) or (kind is int and (isinstance(plain[key], bool) or plain[key] < 0)):
+            expected = {bool: "true or false", int: "a number from 0 on", list: "a list, [a, b]"}.get(kind, "a string")
+            raise ConfigError(f"{key}={plain[key]!r}: {expected}")
     if not plain["train"] and not plain["test"]:
         raise ConfigError("train=false and test=false: nothing to do")
     if not plain["train"] and not plain["ckpt_path"]:
         raise ConfigError("train=false: ckpt_path= must say which checkpoint to test")
-    if plain["trainer"]["max_steps"] < 1:
-        raise ConfigError(f"trainer.max_steps={plain['trainer']['max_steps']}: at least 1")
-    if plain["trainer"].get("accelerator") == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator=cuda: no CUDA device here. Use trainer=cpu")
-    return plain
+    trainer = plain["trainer"]
+    for key in ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
+        if isinstance(trainer.get(key, 1), int) and trainer.get(key, 1) < 1:
+            raise ConfigError(f"trainer.{key}={trainer[key]}: at least 1")
+    clip = trainer.get("gradient_clip_val")
+    if isinstance(clip, int | float) and clip <= 0:
+        raise ConfigError(f"trainer.gradient_clip_val={clip}: positive, or null for no clipping")
+    if trainer.get("accelerator") in ("cuda", "gpu") and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.accelerator={trainer['accelerator']}: no CUDA device here. Use trainer=cpu")
+
+
+def refuse_foreign_checkpoints(output_dir: Path, checkpoint: str | None) -> None:
+    """A run's folder holds the checkpoints of one run: refuses one that another has filled."""
+    folder = (output_dir / "checkpoints").resolve()
+    resumed_here = checkpoint is not None and Path(checkpoint).resolve().parent == folder
+    if rank_zero_only.rank == 0 and not resumed_here and any(folder.glob("*.ckpt")):
+        raise ConfigError(
+            f"{output_dir} holds the checkpoints of an earlier run; choose another hydra.run.dir, "
+            "or go on with that run: ckpt_path=" + str(folder / "last.ckpt")
+        )
 
 
 def check_cut(datamodule: StreamDataModule, trainer: L.Trainer) -> None:

@@ -15,6 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from omegaconf import DictConfig  # noqa: E402
 
 from src.comparison import compare  # noqa: E402
+from src.config import ConfigError, suggest  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
 from src.run import run  # noqa: E402
 
@@ -29,7 +30,12 @@ def train(config: DictConfig) -> float | None:
         compare(config)
         return None
     metrics = run(config)
-    return metrics.get(config.optimized_metric) if config.get("optimized_metric") else None
+    wanted = config.optimized_metric
+    if wanted is None:
+        return None
+    if wanted not in metrics:
+        raise ConfigError(f"optimized_metric={wanted}: not measured in this run; {suggest(wanted, metrics)}")
+    return metrics[wanted]
 
 
 if __name__ == "__main__":

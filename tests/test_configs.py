@@ -3,13 +3,14 @@
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 from src.build import CONFIG_DIR
 from src.comparison import variants
 from src.config import ConfigError, check, instantiate, to_plain
 from src.datamodules.base import StreamDataModule
-from src.run import checked, run
-from tests.runs import TINY, compose_run
+from src.run import build_trainer, checked, run
+from tests.runs import compose_run
 
 GROUPS = [
     "data",
@@ -76,8 +77,19 @@ def test_every_data_module_builds(choice, tmp_path):
 
 
 @pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "trainer"])
-def test_every_trainer_is_named_in_the_help(choice, tmp_path):
-    assert to_plain(compose_run(tmp_path, f"trainer={choice}"))["trainer"]["_target_"] == "lightning.Trainer"
+def test_every_trainer_and_its_callbacks_build(choice, tmp_path):
+    plain = to_plain(compose_run(tmp_path, f"trainer={choice}"))
+    if plain["trainer"]["accelerator"] == "cuda" and not torch.cuda.is_available():
+        plain["trainer"]["accelerator"] = "cpu"
+    assert build_trainer(plain).max_steps == plain["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(g, c) for g, c in CHOICES if g in ("optimizer", "scheduler", "model", "size", "position")]
+)
+def test_every_part_of_a_model_and_its_training_builds(group, choice, tmp_path):
+    """``checked`` builds the model on the meta device, its optimizer, loss and schedule."""
+    checked(compose_run(tmp_path, f"{group}={choice}", "trainer=cpu"))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
@@ -120,4 +132,3 @@ def test_comparison_variants_differ_only_in_their_overrides(tmp_path):
         for section in ("paths", "callbacks", "logger", "trainer"):
             config[section] = {k: v for k, v in config[section].items() if str(tmp_path) not in str(v)}
     assert first == second
-    assert TINY

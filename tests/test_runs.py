@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.build import model_from_config
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.config import ConfigError
+from src.modules.schedules import Cosine
 from src.train import train
 from tests.runs import TINY, command, main, results, same, tiny_run
 
@@ -169,6 +171,21 @@ def test_quickstart_command_compares_two_models(tmp_path):
         (["data=text_files", "data.path=/nowhere"], ["/nowhere"]),
         (["data=text_files"], ["data.path"]),
         (["trainer.accumulate_grad_batches=3"], ["data.batch_size=128", "3 accumulated"]),
+        (["train=maybe"], ["train='maybe'", "true or false"]),
+        (["seed=-1"], ["seed=-1"]),
+        (["tags=depo"], ["tags='depo'", "a list"]),
+        (["+foo=1"], ["foo: no such key"]),
+        (["trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val=-1", "null"]),
+        (["trainer.log_every_n_steps=0"], ["trainer.log_every_n_steps=0"]),
+        (["trainer.num_nodes=2"], ["+trainer.num_nodes="]),
+        (["optimizer.lr=-1"], ["optimizer.lr=-1"]),
+        (["optimizer.betas=[1.5,0.9]"], ["optimizer.betas"]),
+        (["optimizer.no_decay=['*foo*']"], ["'*foo*' matches no parameter"]),
+        (["data.test_windows=0"], ["data.test_windows=0"]),
+        (["canon.backend=fast"], ["'fast' does not exist", "auto"]),
+        (["model.norm_eps=-1"], ["norm_eps=-1"]),
+        (["compare={a:[],A:[]}"], ["would share a folder"]),
+        (["-m", "canon.positon=A,B"], ["no key 'positon'", "did you mean 'positions'"]),
         (["trainer.precision=12"], ["trainer.precision=12"]),
         (["data.window=nan"], ["data.window"]),
     ],
@@ -265,3 +282,58 @@ def test_interruption_by_a_misbehaving_rank_is_not_silent(tmp_path):
     )
     assert done.returncode != 0
     assert "the ranks run different configurations" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optimizer.lr=0.5", "optimizer.lr: 0.001 there, 0.5 here"),
+        ("data.batch_size=8", "data.batch_size: 4 there, 8 here"),
+        ("loss.z_loss=0.1", "loss.z_loss"),
+        ("data.task.K=3", "other data than there is here: K: 2 there, 3 here"),
+        ("trainer.max_steps=6", "nothing is left to train"),
+    ],
+)
+def test_resuming_with_another_recipe_is_refused(tmp_path, straight, override, named):
+    """The optimizer's state and the place in the data would silently win over the command line."""
+    options = [CANON, "trainer.max_steps=8", f"ckpt_path={straight[0]}/checkpoints/final.ckpt"]
+    with pytest.raises(CheckpointError) as caught:
+        tiny_run(tmp_path, *options, override)
+    assert named in str(caught.value)
+
+
+def test_more_steps_than_planned_are_said(tmp_path, straight, caplog):
+    tiny_run(tmp_path, CANON, "trainer.max_steps=8", f"ckpt_path={straight[0]}/checkpoints/final.ckpt")
+    assert "resuming a run of 6 steps as one of 8" in caplog.text
+    assert results(tmp_path)["steps"] == 8
+
+
+def test_a_folder_holds_one_run(straight):
+    folder, _ = straight
+    with pytest.raises(ConfigError, match="holds the checkpoints of an earlier run"):
+        tiny_run(folder, CANON)
+
+
+def test_what_is_logged_is_what_happened(tmp_path):
+    """The learning rate of each update, and the norm of the gradient before it is clipped."""
+    tiny_run(tmp_path / "free", "optimizer.lr=0.01", "trainer.gradient_clip_val=null")
+    tiny_run(tmp_path / "clipped", "optimizer.lr=0.01", "trainer.gradient_clip_val=1e-9", "optimizer.eps=1.0")
+    schedule = Cosine(4, 1, 0.1)
+    assert curve(tmp_path / "free", "train/lr") == pytest.approx([0.01 * schedule(s) for s in range(4)])
+    assert curve(tmp_path / "free", "train/grad_norm")[0] == curve(tmp_path / "clipped", "train/grad_norm")[0] > 1e-3
+    # With gradients clipped to nothing (and an eps that does not blow them up again) only weight decay moves the weights.
+    before, after = load_model_weights(tmp_path / "clipped"), final(tmp_path / "clipped")["state_dict"]
+    decay = 1.0
+    for s in range(4):
+        decay *= 1 - 0.01 * schedule(s) * 0.03
+    torch.testing.assert_close(after["net.head.weight"], before * decay, atol=1e-7, rtol=1e-5)
+
+
+def load_model_weights(folder: Path) -> torch.Tensor:
+    """The head's initial weights: they depend on the configuration alone."""
+    return model_from_config(read_checkpoint(folder)["config"]["model"]).head.weight.detach()
+
+
+def test_the_profiler_leaves_a_table(tmp_path):
+    main(train, "train", "debug=profiler", "data=depo_small", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}")
+    assert "run_training_batch" in next(tmp_path.glob("*profile*.txt")).read_text()

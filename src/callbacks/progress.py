@@ -39,8 +39,10 @@ class Lines(Callback):
     ) -> None:
         """Prints when another part of the run is done and there are fresh metrics."""
         step, total = trainer.global_step, trainer.max_steps
-        every = max(1, total // self.parts)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and (step % every == 0 or step == total):
+        # Only where metrics have just been logged: a line never shows the loss of another step.
+        logged: int = getattr(trainer, "log_every_n_steps", 1)
+        every = max(1, round(total / self.parts / logged)) * logged
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and step % every == 0:
             self.print(step, total, trainer.progress_bar_metrics)
 
     @rank_zero_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from src.config import ConfigError
 from src.modules.language_model import CHECKPOINT_FORMAT
 
 PREFIX = "net."
+_REPEAT = "Repeat that run's own overrides; its folder keeps them in .hydra/overrides.yaml"
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(ConfigError):
@@ -37,6 +41,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = "it is not a checkpoint" if "mmap can only be used" in reason else reason
         raise CheckpointError(f"checkpoint {path} cannot be opened as plain data: {reason}") from error
     if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it has no 'config' and 'state_dict'")
@@ -97,7 +102,41 @@ def check_same_model(checkpoint: dict[str, Any], model_config: dict[str, Any], p
         if ours.get(key) != theirs.get(key) and key not in irrelevant and not key.startswith("initialization.")
     ]
     if differing:
-        raise CheckpointError(f"ckpt_path={path} holds another model than this run builds: " + "; ".join(differing))
+        listed = "; ".join(differing)
+        raise CheckpointError(f"ckpt_path={path} holds another model than this run builds: {listed}. {_REPEAT}")
+
+
+def check_same_recipe(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path) -> None:
+    """Raises a CheckpointError when a run could not be *continued* as configured: another optimizer, schedule, loss or batch.
+
+    The optimizer's state holds its own settings, and the place in the data is step x batch size: both would silently win over
+    the command line. Only the number of steps may change, and that is said.
+    """
+    step, last = checkpoint["global_step"], plain["trainer"]["max_steps"]
+    if step >= last:
+        raise CheckpointError(
+            f"ckpt_path={path} is at step {step}, and trainer.max_steps={last}: nothing is left to train. "
+            "Raise trainer.max_steps, or test it with train=false"
+        )
+    sections = ("optimizer", "scheduler", "loss", "data")
+    ours = _flatten({name: plain[name] for name in sections})
+    theirs = _flatten({name: checkpoint["config"][name] for name in sections})
+    free = {"scheduler.total_steps", "optimizer.fused", "data.num_workers", "data.cache_dir", "data.path"}
+    free |= {"data.eval_batch_size", "data.val_windows", "data.test_windows"}
+    differing = [
+        f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} here"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and key not in free
+    ]
+    if differing:
+        raise CheckpointError(
+            f"ckpt_path={path} was trained with other settings than this run has: {'; '.join(differing)}. {_REPEAT}"
+        )
+    if ours["scheduler.total_steps"] != theirs["scheduler.total_steps"]:
+        total = theirs["scheduler.total_steps"]
+        log.warning(
+            f"resuming a run of {total} steps as one of {last}: the learning rate follows the new schedule from here"
+        )
 
 
 def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], path: str | Path) -> None:
@@ -109,7 +148,8 @@ def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], pat
         if ours.get(key) != theirs.get(key)
     ]
     if differing:
-        raise CheckpointError(f"ckpt_path={path} was trained on other data than there is now: " + "; ".join(differing))
+        listed = "; ".join(differing)
+        raise CheckpointError(f"ckpt_path={path} was trained on other data than there is here: {listed}. {_REPEAT}")
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

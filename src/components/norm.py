@@ -14,6 +14,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
+        if eps <= 0:
+            raise ValueError(f"norm_eps={eps}: must be positive")
         self.width, self.eps = width, eps
         self.weight = nn.Parameter(torch.ones(width))
 

@@ -74,6 +74,9 @@ class TaskDataModule(StreamDataModule):
         seed: int = 0,
     ):
         super().__init__(window, batch_size, eval_batch_size, num_workers)
+        for name, size in (("val_windows", val_windows), ("test_windows", test_windows)):
+            if size < 1:
+                raise ValueError(f"data.{name}={size}: at least 1")
         longest = getattr(task, "max_length", 0)
         if longest > window:
             raise ValueError(

@@ -109,7 +109,8 @@ class TextDataModule(StreamDataModule):
             source = source(path)
         self.documents, self.isolate, self.seed = source, isolate, seed
         self.cache_dir = Path(cache_dir)
-        self.options = TokenizerOptions(tokenizer, vocab_size=tokenizer_size)
+        # The size is of bpe alone; the others bring their own.
+        self.options = TokenizerOptions(tokenizer, vocab_size=tokenizer_size if tokenizer == "bpe" else None)
         self.val_share, self.test_share = val_share, test_share
         self.limits = {"val": val_windows, "test": test_windows}
 

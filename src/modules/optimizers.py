@@ -33,8 +33,12 @@ def adamw(
     Raises:
         ValueError: for a non-positive learning rate, or a pattern that matches no parameter.
     """
-    if lr <= 0:
-        raise ValueError(f"optimizer.lr={lr}: must be positive")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"optimizer.lr={lr}: a positive number")
+    if weight_decay < 0 or eps < 0:
+        raise ValueError(f"optimizer.weight_decay={weight_decay}, optimizer.eps={eps}: at least 0")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optimizer.betas={list(betas)}: two numbers in [0, 1)")
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     for pattern in no_decay:
         if not any(fnmatchcase(name, pattern) for name, _ in named):

@@ -12,6 +12,7 @@ p = (s - warmup) / (total - warmup) below; r = ``min_ratio``. From the last step
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 
@@ -34,6 +35,12 @@ class Schedule:
             raise ValueError(f"scheduler.total_steps={self.total_steps}: at least 1 (it follows trainer.max_steps)")
         if not self.warmup_steps >= 0:
             raise ValueError(f"scheduler.warmup_steps={self.warmup_steps}: at least 0")
+        if self.warmup_steps >= self.total_steps > 1:
+            warnings.warn(
+                f"scheduler.warmup_steps={self.warmup_steps}, of {self.total_steps} steps in all: "
+                "the learning rate never reaches its peak",
+                stacklevel=2,
+            )
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"scheduler.min_ratio={self.min_ratio}: a share in 0..1")
 

@@ -44,7 +44,10 @@ def print_table(variants: list[Variant], chance: dict[str, float]) -> None:
 def read_curve(folder: Path, metric: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric in a run's ``csv/metrics.csv``; steps count finished optimizer steps."""
     steps, values = [], []
-    with (folder / "csv" / "metrics.csv").open() as file:
+    path = folder / "csv" / "metrics.csv"
+    if not path.is_file():  # a run without the csv logger
+        return steps, values
+    with path.open() as file:
         for row in csv.DictReader(file):
             if row.get(metric):
                 steps.append(int(row["step"]) + 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from src.components.canon.layer import Canon
+from src.components.kernels.causal_conv import check_backend
 
 POINTS = {
     "A": "after the mixer's norm",
@@ -57,6 +58,7 @@ class CanonConfig:
         # A canonical order without duplicates, so that "AbbCD" and "DCbA" name one and the same model.
         object.__setattr__(self, "positions", "".join(letter for letter in POINTS if letter in letters))
         Canon.check(self.kernel_size, self.activation, self.init)
+        check_backend(self.backend)
 
     def at(self, point: str, width: int) -> Canon | None:
         """The Canon layer of an insertion point, or None where this configuration has none."""

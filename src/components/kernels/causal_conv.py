@@ -137,6 +137,12 @@ def _why_not_cpu(
     return None
 
 
+def check_backend(name: str) -> None:
+    """Raises a ValueError that lists the backends if there is none of this name."""
+    if name not in ("auto", *_convolve.backends):
+        raise ValueError(f"backend {name!r} does not exist; choose auto, {', '.join(_convolve.backends)}")
+
+
 @_convolve.backend("cpu", why_not=_why_not_cpu)
 def _cpu(
     x: Tensor, weight: Tensor, *, bias: Tensor | None, residual: bool, segments: Tensor | None, state: ConvState | None
