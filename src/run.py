@@ -23,7 +23,7 @@ from src.checkpoints.files import (
     read_checkpoint,
 )
 from src.components.backbone import Backbone
-from src.components.kernels.registry import used_backends
+from src.components.kernels.registry import forget_backends, used_backends
 from src.config import ConfigError, check, check_complete, config_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
@@ -48,6 +48,7 @@ def run(config: DictConfig) -> dict[str, float]:
         refuse_foreign_checkpoints(output_dir, checkpoint)
 
     L.seed_everything(plain["seed"], verbose=False)
+    forget_backends()
     trainer = build_trainer(plain)
     datamodule: StreamDataModule = instantiate(plain["data"], "data")
     check_cut(datamodule, trainer)

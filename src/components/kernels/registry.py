@@ -91,8 +91,13 @@ _used: dict[str, list[str]] = {}
 
 
 def used_backends() -> dict[str, tuple[str, ...]]:
-    """Operation name -> the backends it has run on in this process, in the order of their first use."""
+    """Operation name -> the backends it has run on since the start or `forget_backends`, in the order of their first use."""
     return {operation: tuple(names) for operation, names in _used.items()}
+
+
+def forget_backends() -> None:
+    """Begins a new record of `used_backends`: one process may make several runs."""
+    _used.clear()
 
 
 def _record(operation: str, backend: str) -> None:
