@@ -55,7 +55,7 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     overrides = [argument for argument in arguments if argument not in flags]
     if not flags:
         explain_overrides(config_name, overrides)
-    elif flags <= {"-m", "--multirun"} and (message := _first_misspelt_key(config_name, overrides)):
+    elif flags <= {"-m", "--multirun"} and (message := first_misspelt_key(config_name, overrides)):
         fail(message)
     guarded.__module__ = "__main__"
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)()
@@ -84,10 +84,10 @@ def explain_overrides(config_name: str, overrides: list[str]) -> None:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        fail(_first_misspelt_key(config_name, overrides) or str(error))
+        fail(first_misspelt_key(config_name, overrides) or str(error))
 
 
-def _first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
+def first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
     """Finds the first override whose key does not exist; the rest of the message lists those that do."""
     parser = OverridesParser.create()
     try:
@@ -96,7 +96,8 @@ def _first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
         return None
     groups = [o for o in parsed if (CONFIG_DIR / (o.key_or_group or "")).is_dir()]
     for override in groups:
-        choices = sorted(p.stem for p in (CONFIG_DIR / override.key_or_group).glob("*.yaml"))
+        folder = CONFIG_DIR / override.key_or_group
+        choices = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
         if not override.is_sweep_override() and isinstance(override.value(), str) and override.value() not in choices:
             return (
                 f"{override.key_or_group}={override.value()}: no such choice; {suggest(str(override.value()), choices)}"
@@ -106,7 +107,8 @@ def _first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
     except (HydraException, OmegaConfBaseException):
         return None
     for override in parsed:
-        if override not in groups and not override.is_add() and not override.is_force_add():
+        ours = override not in groups and override.key_or_group.split(".")[0] != "hydra"
+        if ours and not (override.is_add() or override.is_force_add() or override.is_delete()):
             message = _missing(config, override.key_or_group)
             if message:
                 return message
@@ -126,6 +128,8 @@ def _missing(config: DictConfig, key: str) -> str | None:
     node: Any = config
     path: list[str] = []
     for part in key.split("."):
+        if getattr(node, "_is_interpolation", bool)():
+            return None  # a reference to another section; Hydra knows better
         if not OmegaConf.is_dict(node):
             return f"{key}: {'.'.join(path)} is a value, it has no key {part!r}"
         if part not in node:
@@ -137,5 +141,5 @@ def _missing(config: DictConfig, key: str) -> str | None:
                 known += [p.name for p in Path(CONFIG_DIR).iterdir() if p.is_dir()]
             return f"{key}: no key {part!r}{' in ' + where if where else ''}; {suggest(part, set(known))}"
         path.append(part)
-        node = OmegaConf.to_container(config, resolve=False) if node is None else node._get_node(part)  # type: ignore[union-attr]
+        node = node._get_node(part)
     return None

@@ -13,6 +13,7 @@ from src.build import model_from_config
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.components.kernels.causal_conv import causal_conv
 from src.config import ConfigError
+from src.entry import first_misspelt_key
 from src.modules.schedules import Cosine
 from src.train import train
 from tests.runs import TINY, command, main, results, same, tiny_run
@@ -201,6 +202,18 @@ def test_a_newcomers_mistake_ends_in_one_clear_message(arguments, words, tmp_pat
     assert message.startswith("error:")
     assert "Traceback" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["canon.positions=A,AC", "seed=1,2", "hydra.run.dir=here", "model=llama,gpt2"],
+        ["experiment=quickstart", "~logger", "+trainer.num_nodes=2", "++data.seed=3", "model.mixers.T.num_heads=2"],
+        ["hydra.sweep.dir=there", "model.canon.positions=A", "optimizer.betas=[0.9,0.95]"],
+    ],
+)
+def test_nothing_is_said_of_a_sweep_without_mistakes(overrides):
+    assert first_misspelt_key("train", overrides) is None
 
 
 def test_the_command_itself_ends_so_too(tmp_path):
