@@ -23,8 +23,7 @@ from src.checkpoints.files import check_same_data, model_from_checkpoint, read_c
 from src.config import ConfigError, instantiate, to_plain  # noqa: E402
 from src.datamodules.base import StreamDataModule  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
-from src.modules.language_model import LanguageModel  # noqa: E402
-from src.run import build_trainer  # noqa: E402
+from src.run import build_module, build_trainer  # noqa: E402
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -43,13 +42,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     net = model_from_checkpoint(checkpoint)
     if net.vocab_size < datamodule.vocab_size:
         raise ConfigError(f"data: has ids up to {datamodule.vocab_size - 1}, the model knows {net.vocab_size}")
-    module = LanguageModel(
-        net,
-        optimizer=instantiate(trained["optimizer"], "optimizer"),
-        schedule=instantiate(trained["scheduler"], "scheduler"),
-        loss=instantiate(trained["loss"], "loss"),
-        config=trained,
-    )
+    module = build_module(trained, net)
     trainer = evaluation_trainer(plain, trained)
     score = trainer.validate if plain["split"] == "val" else trainer.test
     score(module, datamodule=datamodule, verbose=False)

@@ -59,14 +59,7 @@ def run(config: DictConfig) -> dict[str, float]:
         check_same_model(opened, plain["model"], checkpoint)
         if plain["train"]:
             check_same_recipe(opened, plain, checkpoint)
-    module = LanguageModel(
-        net,
-        optimizer=instantiate(plain["optimizer"], "optimizer"),
-        schedule=instantiate(plain["scheduler"], "scheduler"),
-        loss=instantiate(plain["loss"], "loss"),
-        config=plain,
-        compile=plain["compile"],
-    )
+    module = build_module(plain, net, compile=plain["compile"])
     introduce(plain, net, datamodule, output_dir)
 
     started = time.perf_counter()
@@ -172,6 +165,18 @@ def build_net(plain: dict[str, Any], datamodule: StreamDataModule) -> Backbone:
     elif wanted < datamodule.vocab_size:
         raise ConfigError(f"model.vocab_size={wanted}: the data has ids up to {datamodule.vocab_size - 1}")
     return model_from_config(plain["model"])
+
+
+def build_module(plain: dict[str, Any], net: Backbone, compile: bool = False) -> LanguageModel:
+    """Wraps a model with the optimizer, schedule and loss that a plain configuration describes."""
+    return LanguageModel(
+        net,
+        optimizer=instantiate(plain["optimizer"], "optimizer"),
+        schedule=instantiate(plain["scheduler"], "scheduler"),
+        loss=instantiate(plain["loss"], "loss"),
+        config=plain,
+        compile=compile,
+    )
 
 
 def build_trainer(plain: dict[str, Any], **overrides: Any) -> L.Trainer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,12 @@ def model_from_checkpoint(checkpoint: dict[str, Any]) -> Backbone:
 
 def check_same_model(checkpoint: dict[str, Any], model_config: dict[str, Any], path: str | Path) -> None:
     """Raises a CheckpointError naming every setting in which a checkpoint's model differs from this run's."""
-    ours, theirs = _flatten(model_config), _flatten(checkpoint["config"]["model"])
-    irrelevant = {"seed", "canon.backend", "canon.init"}
-    differing = [
-        f"model.{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} here"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in irrelevant and not key.startswith("initialization.")
-    ]
-    if differing:
-        listed = "; ".join(differing)
-        raise CheckpointError(f"ckpt_path={path} holds another model than this run builds: {listed}. {_REPEAT}")
+    _refuse_differences(
+        f"ckpt_path={path} holds another model than this run builds",
+        _flatten(model_config, "model"),
+        _flatten(checkpoint["config"]["model"], "model"),
+        lambda key: key in ("model.seed", "model.canon.backend", "model.canon.init") or ".initialization." in key,
+    )
 
 
 def check_same_recipe(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path) -> None:
@@ -123,15 +120,8 @@ def check_same_recipe(checkpoint: dict[str, Any], plain: dict[str, Any], path: s
     theirs = _flatten({name: checkpoint["config"][name] for name in sections})
     free = {"scheduler.total_steps", "optimizer.fused", "data.num_workers", "data.cache_dir", "data.path"}
     free |= {"data.eval_batch_size", "data.val_windows", "data.test_windows"}
-    differing = [
-        f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} here"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in free
-    ]
-    if differing:
-        raise CheckpointError(
-            f"ckpt_path={path} was trained with other settings than this run has: {'; '.join(differing)}. {_REPEAT}"
-        )
+    what = f"ckpt_path={path} was trained with other settings than this run has"
+    _refuse_differences(what, ours, theirs, free.__contains__)
     if ours["scheduler.total_steps"] != theirs["scheduler.total_steps"]:
         total = theirs["scheduler.total_steps"]
         log.warning(
@@ -141,15 +131,21 @@ def check_same_recipe(checkpoint: dict[str, Any], plain: dict[str, Any], path: s
 
 def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], path: str | Path) -> None:
     """Raises a CheckpointError when the data is not what the checkpoint was trained on (another corpus, another tokeniser)."""
-    ours, theirs = _flatten(fingerprint), _flatten(checkpoint["data"])
+    what = f"ckpt_path={path} was trained on other data than there is here"
+    _refuse_differences(what, _flatten(fingerprint), _flatten(checkpoint["data"]), lambda key: False)
+
+
+def _refuse_differences(
+    what: str, ours: dict[str, Any], theirs: dict[str, Any], may_differ: Callable[[str], bool]
+) -> None:
+    """Raises a CheckpointError that begins with ``what`` and lists every key whose values differ and may not."""
     differing = [
         f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} here"
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
+        if ours.get(key) != theirs.get(key) and not may_differ(key)
     ]
     if differing:
-        listed = "; ".join(differing)
-        raise CheckpointError(f"ckpt_path={path} was trained on other data than there is here: {listed}. {_REPEAT}")
+        raise CheckpointError(f"{what}: {'; '.join(differing)}. {_REPEAT}")
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
