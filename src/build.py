@@ -16,7 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.components.backbone import Backbone
-from src.config import instantiate, to_plain
+from src.config import ConfigError, instantiate, to_plain
+from src.datamodules.base import StreamDataModule
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
@@ -30,6 +31,17 @@ def compose_config(overrides: list[str] | None = None, config_name: str = "train
         return compose(config_name=config_name, overrides=list(overrides or []))
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return compose(config_name=config_name, overrides=list(overrides or []))
+
+
+def _training_steps(data: DictConfig) -> int:
+    datamodule: StreamDataModule = instantiate(to_plain(data), "data")
+    if datamodule.training_steps is None:
+        raise ConfigError("trainer.max_steps=${training_steps:...}: these training data never end; give a number")
+    return datamodule.training_steps
+
+
+# `${training_steps:${data}}` in YAML: optimizer steps until the training data end.
+OmegaConf.register_new_resolver("training_steps", _training_steps, replace=True)
 
 
 def build_model(overrides: list[str] | None = None, device: str | torch.device = "cpu") -> Backbone:

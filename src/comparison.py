@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.build import compose_config
 from src.config import ConfigError, instantiate
+from src.datamodules.base import StreamDataModule
 from src.reporting.comparison import Variant, draw, print_table
 from src.run import checked, run
 
@@ -75,12 +75,9 @@ def summarise(
     config: DictConfig, output_dir: Path, folders: dict[str, Path], results: dict[str, dict[str, float]]
 ) -> None:
     """Prints the table, draws the figure and says where it is."""
-    chance: dict[str, float] = {}
-    task: Any = getattr(instantiate(config.data, "data"), "task", None)
-    if task is not None:
-        chance = {f"test/accuracy/{group}": task.chance(group) for group in task.groups}
+    datamodule: StreamDataModule = instantiate(config.data, "data")
+    chance = datamodule.chance()
     found = [Variant(name, folders[name], metrics) for name, metrics in results.items()]
     print_table(found, chance)
-    level = sum(chance.values()) / len(chance) if chance else None
-    figure = draw(found, output_dir / "comparison.png", config.name, level)
+    figure = draw(found, output_dir / "comparison.png", config.name, chance.get("accuracy"))
     print(f"figure: {figure}")

@@ -16,13 +16,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import lightning as L  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from src.checkpoints.files import check_same_data, model_from_checkpoint, read_checkpoint  # noqa: E402
 from src.config import ConfigError, instantiate, to_plain  # noqa: E402
 from src.datamodules.base import StreamDataModule  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
+from src.evaluation.statistics import intervals  # noqa: E402
+from src.reporting.scores import print_scores  # noqa: E402
 from src.run import build_module, build_trainer  # noqa: E402
 
 
@@ -48,7 +48,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     score(module, datamodule=datamodule, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
-        report(metrics, plain, checkpoint["global_step"])
+        report(metrics, module.counts, datamodule.chance(), plain, checkpoint["global_step"])
     return metrics
 
 
@@ -64,18 +64,25 @@ def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any]) -> L.Trai
     return build_trainer({"trainer": settings}, enable_progress_bar=False, enable_model_summary=False)
 
 
-def report(metrics: dict[str, float], plain: dict[str, Any], step: int) -> None:
-    """Prints the metrics and writes them to the output folder."""
-    table = Table(title=f"{plain['ckpt_path']} at step {step}")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.6f}")
-    Console().print(table)
+def report(
+    metrics: dict[str, float],
+    counts: dict[str, tuple[int, int]],
+    chance: dict[str, float],
+    plain: dict[str, Any],
+    step: int,
+) -> None:
+    """Prints the metrics with their intervals and writes them to the output folder."""
+    found = intervals(counts)
+    print_scores(f"{plain['ckpt_path']} at step {step}", metrics, found, chance)
+    result = {
+        "checkpoint": str(plain["ckpt_path"]),
+        "step": step,
+        "metrics": metrics,
+        "intervals": found,
+        "chance": chance,
+    }
     path = Path(plain["paths"]["output_dir"]) / "results.json"
-    path.write_text(
-        json.dumps({"checkpoint": str(plain["ckpt_path"]), "step": step, "metrics": metrics}, indent=2) + "\n"
-    )
+    path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {path}")
 
 

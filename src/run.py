@@ -27,6 +27,7 @@ from src.components.kernels.registry import forget_backends, used_backends
 from src.config import ConfigError, check, check_complete, config_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
+from src.evaluation.statistics import intervals
 from src.modules.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def run(config: DictConfig) -> dict[str, float]:
     trainer = build_trainer(plain)
     datamodule: StreamDataModule = instantiate(plain["data"], "data")
     check_cut(datamodule, trainer)
+    check_steps(datamodule, plain["trainer"]["max_steps"])
     net = build_net(plain, datamodule)
     if checkpoint is not None:
         opened = read_checkpoint(checkpoint)
@@ -71,7 +73,7 @@ def run(config: DictConfig) -> dict[str, float]:
         trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
         metrics |= trainer.callback_metrics
     result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
-    record(output_dir, plain, net, datamodule, trainer, result, time.perf_counter() - started)
+    record(output_dir, plain, module, datamodule, trainer, result, time.perf_counter() - started)
     return result
 
 
@@ -157,6 +159,13 @@ def check_cut(datamodule: StreamDataModule, trainer: L.Trainer) -> None:
         raise ConfigError(str(error)) from None
 
 
+def check_steps(datamodule: StreamDataModule, max_steps: int) -> None:
+    """Raises a ConfigError when training would go on after its data have ended."""
+    end = datamodule.training_steps
+    if end is not None and max_steps > end:
+        raise ConfigError(f"trainer.max_steps={max_steps}: the training data end after {end} steps")
+
+
 def build_net(plain: dict[str, Any], datamodule: StreamDataModule) -> Backbone:
     """Builds the model; a ``vocab_size`` of None becomes the data's, in ``plain`` as well."""
     wanted = plain["model"]["vocab_size"]
@@ -222,13 +231,14 @@ def introduce(plain: dict[str, Any], net: Backbone, datamodule: StreamDataModule
 def record(
     output_dir: Path,
     plain: dict[str, Any],
-    net: Backbone,
+    module: LanguageModel,
     datamodule: StreamDataModule,
     trainer: L.Trainer,
     metrics: dict[str, float],
     seconds: float,
 ) -> None:
     """Writes ``results.json``: what was measured, of what, with which kernels."""
+    net = module.net
     result = {
         "name": plain["name"],
         "config_hash": config_hash({k: v for k, v in plain.items() if k not in ("paths", "logger", "callbacks")}),
@@ -241,5 +251,7 @@ def record(
         "seconds": round(seconds, 3),
         "torch": torch.__version__,
         "metrics": metrics,
+        "intervals": intervals(module.counts),
+        "chance": datamodule.chance(),
     }
     (output_dir / "results.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -12,11 +12,13 @@ from pathlib import Path
 # Run as a script, Python puts src/ itself on the path; the package is one level up.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from src.comparison import compare  # noqa: E402
 from src.config import ConfigError, suggest  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
+from src.reporting.scores import print_results  # noqa: E402
 from src.run import run  # noqa: E402
 
 
@@ -30,6 +32,8 @@ def train(config: DictConfig) -> float | None:
         compare(config)
         return None
     metrics = run(config)
+    if rank_zero_only.rank == 0:
+        print_results(Path(config.paths.output_dir) / "results.json")
     wanted = config.optimized_metric
     if wanted is None:
         return None

@@ -9,6 +9,7 @@ from src.build import CONFIG_DIR
 from src.comparison import variants
 from src.config import ConfigError, check, instantiate, to_plain
 from src.datamodules.base import StreamDataModule
+from src.datamodules.tasks import Capo
 from src.run import build_trainer, checked, run
 from tests.runs import compose_run
 
@@ -39,13 +40,19 @@ SHORT = [
     "trainer.max_steps=2",
     "trainer.val_check_interval=1",
     "data.batch_size=2",
+    "data.eval_batch_size=2",
+    "data.val_windows=2",
+    "data.test_windows=2",
     "scheduler.warmup_steps=1",
 ]
+# Shrinks those meant for larger machines as well.
+TINY_MODEL = ["size=tiny", "model.dim=16", "compile=false", "trainer.val_check_interval=2"]
+FEW_ANSWERS = ["data.val_answers=2", "data.test_answers=2"]
 
 
 def test_every_group_is_tested():
     folders = {p.name for p in CONFIG_DIR.iterdir() if p.is_dir() and any(p.glob("*.yaml"))}
-    assert folders == {*GROUPS, "experiment", "hparams_search", "hydra"}
+    assert folders == {*GROUPS, "experiment", "recipe", "hparams_search", "hydra"}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: v)
@@ -93,21 +100,69 @@ def test_every_part_of_a_model_and_its_training_builds(group, choice, tmp_path):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
-def test_every_experiment_runs_two_steps(experiment, tmp_path, monkeypatch):
-    config = compose_run(tmp_path, f"experiment={experiment}", *SHORT, f"paths.data_dir={tmp_path / 'data'}")
+def test_every_experiment_runs_two_steps(experiment, tmp_path):
+    base = [f"experiment={experiment}", *SHORT, f"paths.data_dir={tmp_path / 'data'}"]
+    if len(experiment.parts) > 1 and experiment.parts[0] != "smoke":
+        base += TINY_MODEL
+    config = compose_run(tmp_path, *base)
+    if "task" in config.data:
+        base += FEW_ANSWERS
+        checked(compose_run(tmp_path, f"experiment={experiment}", "trainer=cpu"))  # as it stands, on the meta device
     overrides = [[]] if config.compare is None else list(config.compare.values())
     for i, own in enumerate(overrides):
-        variant = compose_run(
-            tmp_path / str(i),
-            f"experiment={experiment}",
-            *SHORT,
-            f"paths.data_dir={tmp_path / 'data'}",
-            *own,
-            "compare=null",
-        )
-        metrics = run(variant)
+        metrics = run(compose_run(tmp_path / str(i), *base, *own, "compare=null"))
         assert all(name.split("/")[0] in ("val", "test") for name in metrics)
         assert metrics["test/loss"] > 0
+
+
+# tokens per step and steps of appendix A; easy, middle and hard
+PAPER = {
+    "depo1": [(2048 * 128, steps) for steps in (87_500, 100_000, 112_500)],
+    "depo2": [(2048 * 128, steps) for steps in (100_000, 125_000, 150_000)],
+    "brevo1": [(1024 * 256, steps) for steps in (100_000, 125_000, 150_000)],
+    "brevo2": [(1536 * 192, steps) for steps in (200_000, 225_000, 250_000)],
+    "mano": [(1024 * 64, steps) for steps in (80_000, 95_000, 110_000)],
+    "lano": [(512 * 96, 100_000), (1536 * 96, 100_000), (1536 * 96, 100_000)],
+    "copy": [(1024 * 32, 50_000)],
+}
+
+
+@pytest.mark.parametrize("task", PAPER)
+def test_recipes_of_the_paper(task, tmp_path):
+    folder = CONFIG_DIR / "experiment" / "paper" / task
+    # By length of the name first: N75 comes before N100.
+    names = sorted((p.stem for p in folder.glob("*.yaml")), key=lambda name: (len(name), name)) or [""]
+    found = []
+    for name in names:
+        config = to_plain(compose_run(tmp_path, f"experiment=paper/{task}{'/' if name else ''}{name}"))
+        found.append((config["data"]["window"] * config["data"]["batch_size"], config["trainer"]["max_steps"]))
+        assert config["optimizer"]["betas"] == [0.9, 0.98]
+        assert config["optimizer"]["eps"] == 1e-6
+        assert config["optimizer"]["weight_decay"] == (0.1 if task in ("mano", "lano") else 0.03)
+        assert config["scheduler"]["warmup_steps"] == (0 if task == "lano" else 1000)
+        assert config["scheduler"]["min_ratio"] == (0.0 if task == "lano" else 0.1)
+    assert found == PAPER[task]
+
+
+def test_capo_trains_for_a_hundred_exposures(tmp_path):
+    for name, people, batch in (("50k", 50_000, 12), ("1M", 1_000_000, 192), ("2M", 2_000_000, 384)):
+        config = to_plain(compose_run(tmp_path, f"experiment=paper/capo/{name}"))
+        task: Capo = instantiate(config["data"]["task"], "data.task")
+        assert (task.num_people, task.exposures, config["data"]["batch_size"]) == (people, 100, batch)
+        assert config["model"]["tie_embeddings"]
+        windows = config["trainer"]["max_steps"] * batch
+        assert 0 <= windows - task.num_windows("train", config["data"]["window"]) < batch
+
+
+def test_training_steps_of_endless_data_are_refused(tmp_path):
+    with pytest.raises(Exception, match="never end"):
+        to_plain(compose_run(tmp_path, "trainer.max_steps='${training_steps:${data}}'"))
+
+
+def test_training_beyond_the_end_of_the_data_is_refused(tmp_path):
+    config = compose_run(tmp_path, "experiment=smoke/capo", *SHORT, "compare=null", "trainer.max_steps=9999")
+    with pytest.raises(ConfigError, match="max_steps=9999: the training data end after 1667 steps"):
+        run(config)
 
 
 @pytest.mark.parametrize("choice", sorted(p.stem for p in (CONFIG_DIR / "hparams_search").glob("*.yaml")))

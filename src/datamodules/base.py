@@ -50,8 +50,17 @@ class StreamDataModule(L.LightningDataModule, ABC):
         """One more than the largest token id."""
 
     @abstractmethod
-    def evaluator(self) -> Evaluator:
-        """A fresh metric for this data."""
+    def evaluator(self, split: str) -> Evaluator:
+        """A fresh metric for this data; ``split`` is val or test."""
+
+    @property
+    def training_steps(self) -> int | None:
+        """Optimizer steps until the training data end; None if they never do."""
+        return None
+
+    def chance(self) -> dict[str, float]:
+        """What guessing scores, by metric (without the split), where that is known."""
+        return {}
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:

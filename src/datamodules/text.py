@@ -136,7 +136,7 @@ class TextDataModule(StreamDataModule):
         """The tokeniser's."""
         return self.corpus.vocab_size
 
-    def evaluator(self) -> TextEvaluator:
+    def evaluator(self, split: str) -> TextEvaluator:
         """Loss, token accuracy and bits per byte."""
         return TextEvaluator(self.corpus.tokenizer.bytes_per_token)
 

@@ -58,6 +58,8 @@ class LanguageModel(L.LightningModule):
         self.compile_blocks = compile
         # Filled in by setup(): one for validation, one for the test set.
         self.evaluators = nn.ModuleDict()
+        # Right and total answers of the latest evaluation, by metric: what intervals are made of.
+        self.counts: dict[str, tuple[int, int]] = {}
         self._configured = False
         self._step_sums: list[Tensor] = []
 
@@ -83,7 +85,7 @@ class LanguageModel(L.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if datamodule is not None and not len(self.evaluators):
             for split in ("val", "test"):
-                self.evaluators[split] = datamodule.evaluator()
+                self.evaluators[split] = datamodule.evaluator(split)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule stepped after every update."""
@@ -156,14 +158,17 @@ class LanguageModel(L.LightningModule):
         logits, targets = self._predict(batch)
         if targets.numel():
             _, nll = self.loss(logits, targets)
-            self._evaluator(split).update(batch["tokens"], batch["loss_mask"], logits.argmax(dim=-1), nll)
+            self._evaluator(split).update(batch, logits, nll)
 
     def _log_evaluation(self, split: str) -> None:
         evaluator = self._evaluator(split)
+        with self.trainer.precision_plugin.forward_context():
+            evaluator.examine(self.net, count=self.trainer.is_global_zero)
         for name, value in evaluator.compute().items():
             # The evaluator has already summed over ranks; sync_dist only tells Lightning that we know.
             shown = name in ("loss", "accuracy", "bits_per_byte")
             self.log(f"{split}/{name}", value.float(), prog_bar=shown, sync_dist=True)
+        self.counts |= {f"{split}/{name}": pair for name, pair in evaluator.counts.items()}
         evaluator.reset()
 
     def _evaluator(self, split: str) -> Evaluator:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 # What the figure shows, of the metrics that exist: the first that every variant has, by kind of data.
-CURVES = ("val/accuracy", "val/bits_per_byte", "val/loss")
+CURVES = ("val/bits_per_parameter", "val/accuracy", "val/bits_per_byte", "val/loss")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ def print_table(variants: list[Variant], chance: dict[str, float]) -> None:
         table.add_column("chance", justify="right")
     for metric in variants[0].test_metrics:
         if metric.startswith("test/"):
+            own = metric.removeprefix("test/")
             row = [f"{variant.test_metrics.get(metric, float('nan')):.3f}" for variant in variants]
             table.add_row(
-                metric.removeprefix("test/"),
+                own,
                 *row,
-                *([f"{chance[metric]:.3f}" if metric in chance else ""] if chance else []),
+                *([f"{chance[own]:.3f}" if own in chance else ""] if chance else []),
             )
     Console().print(table)
 

@@ -93,7 +93,7 @@ def test_a_batch_that_cannot_be_cut_evenly_is_refused(batch_size, world_size, ac
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 32}, "longest example of depo has 49 tokens"),
+        ({"window": 32}, "examples of depo need 49 tokens"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"eval_batch_size": 0}, "eval_batch_size=0"),
     ],

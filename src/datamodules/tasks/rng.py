@@ -71,3 +71,17 @@ def shuffle(stream, items):
     for i in range(items.shape[0] - 1, 0, -1):
         j = below(stream, i + 1)
         items[i], items[j] = items[j], items[i]
+
+
+@njit(cache=True)
+def below_pair(stream, n, m):
+    """Two independent, exactly uniform integers, in 0..n-1 and 0..m-1, 1 <= n, m < 2^32: one from each half of a random word."""
+    n_bound, m_bound = np.uint64(n), np.uint64(m)
+    word = next_word(stream)
+    first, second = (word >> _32) * n_bound, (word & _LOW) * m_bound
+    if (first & _LOW) < n_bound or (second & _LOW) < m_bound:
+        n_uneven, m_uneven = (_ONE << _32) % n_bound, (_ONE << _32) % m_bound
+        while (first & _LOW) < n_uneven or (second & _LOW) < m_uneven:
+            word = next_word(stream)
+            first, second = (word >> _32) * n_bound, (word & _LOW) * m_bound
+    return np.int64(first >> _32), np.int64(second >> _32)

@@ -1,12 +1,19 @@
 import math
+import random
+from collections import Counter
+from itertools import combinations, permutations, product
 from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from src.datamodules.tasks import Depo
+from src.datamodules.tasks import depo as depo_module
+from src.datamodules.tasks.rng import below_pair
+from tests.naive import depo as naive
 
 # spec of the official generator, 4000 samples each:
 # setting -> mean length, sd of length, mean labelled, mean of per-sample label share, mean word length, share of k mod n = 0
@@ -137,17 +144,23 @@ def mask_of(task, tokens):
     return "".join(mask)
 
 
+def possible(options):
+    """There are enough words."""
+    shortest, longest = options["word_length"]
+    return sum(options["mini_vocab"] ** length for length in range(shortest, longest + 1)) >= options["N"]
+
+
 parameters = st.builds(
     dict,
     N=st.integers(3, 30),
     K=st.integers(1, 40),
-    mini_vocab=st.integers(6, 60),
-    word_length=st.sampled_from([(1, 2), (2, 2), (2, 4), (5, 7)]),
+    mini_vocab=st.one_of(st.integers(1, 3), st.integers(4, 60)),
+    word_length=st.sampled_from([(1, 1), (1, 2), (2, 2), (2, 4), (3, 3), (5, 7)]),
     questions=st.integers(1, 12),
     separator=st.booleans(),
     compact_ids=st.booleans(),
     length_law=st.sampled_from(["weighted", "uniform"]),
-)
+).filter(possible)
 
 
 @settings(max_examples=60, deadline=None)
@@ -184,67 +197,137 @@ def test_examples_depend_on_seed_split_and_index_and_on_nothing_else():
         assert not np.array_equal(reference, task.example(*other)[0])
 
 
-def test_examples_never_change():
-    """Golden values: a change here changes everybody's data."""
-    assert Depo(N=5, K=4, mini_vocab=3).example(42, "train", 7)[0].tolist() == GOLDEN
+@pytest.mark.parametrize("mini_vocab", [3, 300])
+def test_examples_never_change(mini_vocab):
+    """Golden values: a change here changes everybody's data. 300 inner tokens: more words than are tabulated."""
+    tokens, _ = Depo(N=5, K=4, mini_vocab=mini_vocab).example(42, "train", 7)
+    assert " ".join(map(str, tokens)) == GOLDEN[mini_vocab]
 
 
-GOLDEN = [
-    9999,
-    5,
-    2,
-    5,
-    4,
-    5,
-    2,
-    4,
-    1,
-    4,
-    2,
-    5,
-    2,
-    4,
-    1,
-    4,
-    4,
-    9002,
-    4,
-    9500,
-    2,
-    5,
-    9001,
-    1,
-    4,
-    9500,
-    4,
-    9001,
-    5,
-    9500,
-    2,
-    5,
-    9001,
-    2,
-    4,
-    9500,
-    1,
-    4,
-    9004,
-    2,
-    5,
-    9500,
-    5,
-]
+GOLDEN = {
+    3: "9999 5 3 4 6 3 6 3 6 4 3 4 6 4 5 9002 3 4 9500 3 6 9004 5 9500 4 9004 6 9500 3 4 9001 3 6 9500 4 9001 4 9500 5",
+    300: "9999 497 481 27 371 145 339 145 339 497 481 309 309 27 371 "
+    "9001 497 9500 481 9001 27 371 9500 145 339 9002 145 339 9500 481 9003 481 9500 145 339 9001 309 9500 27 371",
+}
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_windows_pack_consecutive_examples_and_start_with_a_whole_one(split):
-    task: Any = Depo(N=9, K=3, mini_vocab=5)
-    length = 130
-    windows = task.windows(3, split, first=11, count=4, length=length)
-    shortest = 19 if split == "train" else 1 + 9 * 2 + 9 * 4
+# ---- the law ---------------------------------------------------------------------------------------------------------
+
+
+def moments(tokens, mask, segments):
+    """Of each window: numbers that tell much of the law, and the least ids' shares."""
+    tokens, mask, segments = np.asarray(tokens), np.asarray(mask), np.asarray(segments)
+    hops = np.where((tokens > 9000) & (tokens < 9500), tokens - 9000, 0)
+    adjacent = tokens[:, :-1] == tokens[:, 1:]
+    columns = [
+        *(mask.sum(axis=1), segments.max(axis=1), segments.mean(axis=1), (segments == 0).sum(axis=1)),
+        *((hops > 0).sum(axis=1), hops.sum(axis=1), (hops**2).sum(axis=1), adjacent.sum(axis=1)),
+        *(
+            (mask[:, :-1] & adjacent).sum(axis=1),
+            (mask & (segments == 1)).sum(axis=1),
+            mask[:, -1],
+            tokens[:, -1] > 9000,
+        ),
+        *((tokens == token).sum(axis=1) for token in (1, 2, 3, 4, 5, 6, 51, 52, 9500, 9700, 9999)),
+        *((mask & (tokens == token)).sum(axis=1) for token in (1, 3, 4, 51, 9500)),
+    ]
+    return np.stack(columns, axis=1).astype(float)
+
+
+@pytest.mark.parametrize("tabulated", [True, False], ids=["tabulated", "composed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"N": 40, "mini_vocab": 50, "word_length": (1, 2)},
+        {"N": 25, "K": 16, "mini_vocab": 3, "word_length": (5, 7)},
+        {"N": 6, "mini_vocab": 2, "word_length": (1, 2), "questions": 3, "separator": True, "length_law": "uniform"},
+    ],
+    ids=["depo1", "depo2", "all words used up"],
+)
+def test_same_law_as_the_naive_twin(options, tabulated, monkeypatch):
+    if not tabulated:
+        monkeypatch.setattr(depo_module, "MAX_LEXICON", 0)
+    task: Any = Depo(**options)
+    count, length = 600, 384
+    windows = task.windows(0, "train", 0, 8 * count, length)
+    found = moments(windows.tokens, windows.loss_mask, windows.segments)
+    expected = moments(*naive.windows(task, random.Random(1), count, length))
+    error = np.sqrt(found.var(axis=0) / len(found) + expected.var(axis=0) / len(expected))
+    difference = np.abs(found.mean(axis=0) - expected.mean(axis=0))
+    assert (difference <= 4.5 * error).all(), (difference / np.maximum(error, 1e-9)).round(1)
+
+
+@pytest.mark.parametrize("tabulated", [True, False], ids=["tabulated", "composed"])
+def test_sets_of_words_follow_the_law_of_plain_rejection(tabulated, monkeypatch):
+    """Exactly: the chance of drawing word after word, given that none comes twice."""
+    if not tabulated:
+        monkeypatch.setattr(depo_module, "MAX_LEXICON", 0)
+    task: Any = Depo(N=3, mini_vocab=2, word_length=(1, 2), questions=1)
+    ends = {1: [(3,), (4,)], 2: [(a, b) for a in (1, 2) for b in (3, 4)]}
+    chance = {word: 1 / (2 * len(words)) for words in ends.values() for word in words}
+    expected = dict.fromkeys(map(frozenset, combinations(chance, 3)), 0.0)
+    for first, second, third in permutations(chance, 3):
+        left = 1 - chance[first]
+        p = chance[first] * chance[second] / left * chance[third] / (left - chance[second])
+        expected[frozenset((first, second, third))] += p
+    samples = 8000
+    found = Counter(
+        frozenset(word for edge in task.parse(task.example(5, "test", i)[0])[0] for word in edge)
+        for i in range(samples)
+    )
+    assert set(found) <= set(expected)
+    assert stats.chisquare([found[words] for words in expected], [samples * p for p in expected.values()]).pvalue > 1e-4
+
+
+def test_cycle_order_of_edges_and_questions_are_uniform_and_independent():
+    """All 3! cycles through four words, all 4! orders of edges, all 12 ordered pairs of questions, all 2 * 2 hops."""
+    task: Any = Depo(N=4, K=2, mini_vocab=4, word_length=(1, 1), questions=2)
+    samples, found = 40_000, Counter()
+    for i in range(samples):
+        edges, ((k, w, _), (m, v, _)) = task.parse(task.example(9, "val", i)[0])
+        successor = dict(edges)
+        first = successor[(5,)]
+        cycle = (first, successor[first])
+        found["structure", cycle, tuple(x for x, _ in edges)] += 1
+        found["questions", cycle, w, v, k, m] += 1
+        found["both", edges[0][0], edges[1][0], w, v] += 1
+    words = [(5,), (6,), (7,), (8,)]
+    cells = {
+        "structure": [(c, o) for c in permutations(words[1:], 2) for o in permutations(words)],
+        "questions": [
+            (c, *q, *h)
+            for c, q, h in product(permutations(words[1:], 2), permutations(words, 2), product((1, 2), repeat=2))
+        ],
+        "both": [(*o, *q) for o in permutations(words, 2) for q in permutations(words, 2)],
+    }
+    for kind, keys in cells.items():
+        counts = [found[(kind, *key)] for key in keys]
+        assert sum(counts) == samples
+        assert stats.chisquare(counts).pvalue > 1e-4, kind
+
+
+def test_two_draws_from_one_word_are_uniform_and_independent():
+    """With bounds of 3 * 2^30, nearly half of all words must be thrown away."""
+    stream = np.array([1, 3], dtype=np.uint64)
+    draws = np.array([below_pair(stream, 3 * 2**30, 3 * 2**30) for _ in range(30_000)])
+    assert stats.chisquare(np.bincount((draws // 2**28) @ np.array([12, 1]), minlength=144)).pvalue > 1e-4
+    draws = np.array([below_pair(stream, 5, 7) for _ in range(30_000)])
+    assert stats.chisquare(np.bincount(draws @ np.array([7, 1]), minlength=35)).pvalue > 1e-4
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(parameters, st.sampled_from(["train", "test"]), st.integers(0, 2**40), st.integers(1, 300))
+def test_windows_are_their_examples_end_to_end(options, split, first, length):
+    task = Depo(**options)
+    windows = task.windows(3, split, first, 3, length)
+    n, word = 3 if split == "train" else task.N, task.word_length[0]
+    shortest = 1 + n * (2 * word + task.separator) + min(n, task.questions) * (2 + 2 * word)
     per_window = -(-length // shortest)
-    for row in range(4):
-        pieces = [task.example(3, split, (11 + row) * per_window + i) for i in range(per_window)]
+    for row in range(3):
+        pieces = [task.example(3, split, (first + row) * per_window + i) for i in range(per_window)]
         tokens, mask = (np.concatenate(parts)[:length] for parts in zip(*pieces, strict=True))
         segments = np.concatenate([np.full(len(p[0]), i) for i, p in enumerate(pieces)])[:length]
         assert np.array_equal(windows.tokens[row], tokens)

@@ -1,0 +1,65 @@
+"""Mano as one would write it down first: plain Python, recursion, the ``random`` module."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+from src.datamodules.tasks import Mano
+
+Rows = list[list[int]]
+
+
+def expression(task: Mano, rng: random.Random, operators: int) -> tuple[list[int], int]:
+    """Tokens in prefix notation, and the value."""
+    if operators == 0:
+        value = rng.randrange(task.modulus)
+        return [ids(task)["value"][value]], value
+    op = rng.randrange(3)
+    inside = rng.randrange(operators)
+    left_tokens, left = expression(task, rng, inside)
+    right_tokens, right = expression(task, rng, operators - 1 - inside)
+    value = (left + right, left - right, left * right)[op] % task.modulus
+    token = ids(task)["operator"][synonym(task, rng)][op]
+    return [token, *left_tokens, *right_tokens], value
+
+
+@cache
+def ids(task: Mano) -> dict[str, list]:
+    """The task's token ids as plain lists."""
+    return {kind: rows.tolist() for kind, rows in task.ids.items()}
+
+
+def synonym(task: Mano, rng: random.Random) -> int:
+    """Which of a token's two names."""
+    return rng.randrange(2) if task.synonyms else 0
+
+
+def example(task: Mano, rng: random.Random, test: bool = False) -> tuple[list[int], list[bool]]:
+    """One example: tokens and target-aligned mask."""
+    operators = task.L if test else rng.randint(1, task.L)
+    tokens, value = expression(task, rng, operators)
+    names = ids(task)
+    head = [names["bos"][synonym(task, rng)], names["length"][synonym(task, rng)][operators]]
+    tail = [names["ans"][synonym(task, rng)][operators], names["value"][value]]
+    tokens = head + tokens + tail
+    return tokens, [task.loss == "all"] * (len(tokens) - 1) + [True]
+
+
+def windows(task: Mano, rng: random.Random, count: int, length: int) -> tuple[Rows, list[list[bool]], Rows]:
+    """Training windows: tokens, masks and segments."""
+    rows: tuple[Rows, list[list[bool]], Rows] = ([], [], [])
+    for _ in range(count):
+        tokens: list[int] = []
+        mask: list[bool] = []
+        segments: list[int] = []
+        number = 0
+        while len(tokens) < length:
+            own_tokens, own_mask = example(task, rng)
+            tokens += own_tokens
+            mask += own_mask
+            segments += [number] * len(own_tokens)
+            number += 1
+        for part, values in zip(rows, (tokens, mask, segments), strict=True):
+            part.append(values[:length])  # type: ignore[arg-type]
+    return rows
