@@ -34,7 +34,7 @@ def show(config: DictConfig) -> None:
     plain = checked(config)
     datamodule: TaskDataModule = instantiate(plain["data"], "data")
     seed = datamodule.seed if plain["seed"] is None else plain["seed"]
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     show_it = show_window if plain["window"] else show_example
     figure = show_it(console, datamodule, seed, plain["split"], plain["index"])
     if plain["figure"] is False:

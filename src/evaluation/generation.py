@@ -21,6 +21,9 @@ Tokens = NDArray[np.int64]
 
 
 @torch.no_grad()
+@torch.compiler.set_stance(
+    "force_eager"
+)  # every step has another shape: compiled blocks would be compiled over and over
 def generate(
     net: Backbone, prompts: Sequence[Tokens], settings: Generation, streams: Sequence[Sequence[int]] | None = None
 ) -> list[Tokens]:

@@ -22,7 +22,8 @@ def wilson_interval(right: float, total: float, confidence: float = 0.95) -> tup
     share, squared = right / total, z * z / total
     centre = (share + squared / 2) / (1 + squared)
     half = z * math.sqrt(share * (1 - share) / total + squared / (4 * total)) / (1 + squared)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    return (0.0 if right == 0 else centre - half), (1.0 if right == total else centre + half)
 
 
 def intervals(counts: dict[str, tuple[int, int]]) -> dict[str, dict[str, float]]:

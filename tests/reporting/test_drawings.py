@@ -127,11 +127,15 @@ def test_depo_has_every_word_edge_and_question(task):
     for _ in edges[1:]:
         cycle.append(successor[cycle[-1]])
     assert {word_name(word) for word in cycle} <= set(names) or len(cycle) > NAMED
+    tracks = iter(segments(figure, "question"))
     for (k, asked, answer), (start, end) in zip(
         questions, np.reshape(segments(figure, "leader"), (-1, 2, 2, 2)), strict=True
     ):
         near = [int(np.argmin(np.linalg.norm(dots - leader[0], axis=1))) for leader in (start, end)]
         assert [cycle[i] for i in near] == [asked, answer]
+        # Seen from the middle, it turns by k steps.
+        x, y = (np.asarray(next(tracks)) - dots.mean(axis=0)).T
+        assert np.unwrap(np.arctan2(y, x))[[0, -1]] @ [-1, 1] == pytest.approx(2 * np.pi * k / len(edges))
         assert f"{k} step{'s' if k > 1 else ''} from {word_name(asked)}: {word_name(answer)}" in names
 
 
