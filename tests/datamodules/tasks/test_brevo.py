@@ -1,5 +1,6 @@
 import math
 import random
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -261,16 +262,29 @@ def test_teacher_forced_score_takes_question_and_answer_from_different_places(mu
     assert [total for _, total in nothing.values()] == [total for _, total in gold.values()]
 
 
-def test_answers_that_ignore_the_edges_are_hardly_ever_right():
-    task, rng = Brevo(N=8), random.Random(0)
-    right = 0
+def test_number_of_orders():
+    graph = Brevo(N=5).parse(np.array(MICRO))
+    assert graph.num_orders() == 2  # 4 1 2 5 and 1 4 2 5
+    for i in range(50):
+        graph = Brevo(N=6).parse(Brevo(N=6).example(0, "test", i)[0])
+        orders = [p for p in permutations(graph.answer) if graph._replace(answer=list(p)).is_right()]
+        assert graph.num_orders() == len(orders)
+        assert ambiguous(graph) == (len(orders) > 1)
+
+
+@pytest.mark.parametrize("N", [3, 5, 6, 9])
+def test_chance_is_what_guesses_that_ignore_the_edges_score(N):
+    """Guesses of the best length, at random from the listed nodes, the query last."""
+    task, rng = Brevo(N=N), random.Random(0)
+    right = np.zeros(N + 1)
     for i in range(3000):
-        tokens, _ = task.example(0, "test", i)
-        graph = task.parse(tokens)
+        graph = task.parse(task.example(1, "test", i)[0])
         others = list({node for edge in graph.edges for node in edge} - {graph.query})
-        guess = [*rng.sample(others, rng.randint(1, len(others))), graph.query]
-        right += graph._replace(answer=guess).is_right()
-    assert right / 3000 < 0.01
+        for m in range(1, len(others) + 2):
+            right[m] += graph._replace(answer=[*rng.sample(others, m - 1), graph.query]).is_right()
+    p = task.chance("depth1")
+    assert abs(right.max() / 3000 - p) < 4 * math.sqrt(p / 3000) + 0.02 * p
+    assert Brevo(N=10).chance("depth1") == 0 <= Brevo(N=10)._blind_guess < 3e-3
 
 
 @pytest.mark.parametrize("multi", [False, True])
