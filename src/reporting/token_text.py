@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,6 @@ from src.datamodules.tasks.base import Split, Task
 
 LEARNT = "bold magenta"
 TURNS = ("cyan", "yellow")  # of the examples in a window
-PROBES = 16
 
 
 def in_colour(console: Console) -> bool:
@@ -75,31 +74,12 @@ class Packed(NamedTuple):
 
 def packed_examples(task: Task, seed: int, split: Split, window: int, length: int) -> list[Packed]:
     """Which examples lie in a window, and where; behind them is padding."""
-    windows = task.windows(seed, split, window, 1, length)
-    first = window * _examples_per_window(task, seed, split, length)
-    return _packed_from(task, seed, split, first, windows.tokens[0], windows.segments[0])
-
-
-def _examples_per_window(task: Task, seed: int, split: Split, length: int) -> int:
-    """M: window w packs examples w * M, w * M + 1, .. The task keeps it to itself, but a few windows tell."""
-    there_are = task.num_windows(split, length)
-    probes = task.windows(seed, split, 1, PROBES if there_are is None else min(PROBES, there_are - 1), length)
-    rows = list(enumerate(zip(probes.tokens, probes.segments, strict=True), start=1))
-    for per_window in range(1, length + 1):
-        if all(_packed_from(task, seed, split, window * per_window, *row) for window, row in rows):
-            return per_window
-    raise ValueError(f"{task.name}: its windows are not made of its examples")
-
-
-def _packed_from(
-    task: Task, seed: int, split: Split, first: int, tokens: NDArray[np.int64], segments: NDArray[np.int32]
-) -> list[Packed]:
-    """The examples of a window, if they are those from ``first`` on; empty if they are not."""
-    starts = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist()]
-    found = []
-    for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(tokens)], strict=True), start=first):
+    packed = task.windows(seed, split, window, 1, length)
+    tokens, segments = packed.tokens[0], packed.segments[0]
+    starts = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), length]
+    first, found = window * task.examples_per_window(split, length), []
+    for index, (start, end) in enumerate(pairwise(starts), start=first):
         example = task.example(seed, split, index)[0]
-        if not np.array_equal(example[: end - start], tokens[start:end]):
-            return found if start == starts[-1] else []  # what comes last may be padding
-        found.append(Packed(index, start, end, len(example)))
+        if np.array_equal(example[: end - start], tokens[start:end]):  # or it is padding
+            found.append(Packed(index, start, end, len(example)))
     return found

@@ -67,7 +67,7 @@ def tokenize(text):
 
 def windows(task, rng: random.Random, count: int, length: int):
     """The first ``count`` training windows of some seed: tokens, loss mask, segments, each a list of lists."""
-    per_window = task.biographies_per_window(length)
+    per_window = task.examples_per_window("train", length)
     needed = min(count * per_window, task.num_people * task.exposures)
     order = []
     while len(order) < needed:

@@ -121,6 +121,10 @@ class Task(ABC):
     def windows(self, seed: int, split: Split, first: int, count: int, length: int) -> Windows:
         """Windows ``first .. first + count - 1``, each of ``length`` tokens."""
 
+    @abstractmethod
+    def examples_per_window(self, split: Split, length: int) -> int:
+        """M: window w packs examples w*M, w*M + 1, ... as far as they fit."""
+
     def batch(self, seed: int, split: Split, first: int, count: int) -> Examples:
         """Examples ``first .. first + count - 1``, one a row."""
         examples = [self.example(seed, split, index) for index in range(first, first + count)]

@@ -284,13 +284,17 @@ class Brevo(Task):
         size = write_example(self._params(split), stream_key(self.name, seed, split), index, tokens, mask)
         return tokens[:size].copy(), mask[:size].copy()
 
+    def examples_per_window(self, split: Split, length: int) -> int:
+        """See ``Task.examples_per_window``: as many as the shortest examples would take."""
+        # Two edges among n >= 3 nodes, or n - L of them; the query; an answer of two words.
+        edges = 2 if split == "train" else self.N - (self.N - 1) // MAX_DEGREE - 1
+        shortest = 4 + (2 * edges + 1 + 2) * (self.word_length[0] if self.multi_token else 1)
+        return -(-length // shortest)
+
     def windows(self, seed: int, split: Split, first: int, count: int, length: int) -> Windows:
         """See ``Task.windows``."""
         params = self._params(split)
-        # Two edges among n >= 3 nodes, or n - L of them; the query; an answer of two words.
-        edges = 2 if split == "train" else self.N - (self.N - 1) // MAX_DEGREE - 1
-        shortest = 4 + (2 * edges + 1 + 2) * params.shortest
-        per_window = -(-length // shortest)
+        per_window = self.examples_per_window(split, length)
         tokens = np.empty((count, length), dtype=np.int64)
         mask = np.empty((count, length), dtype=np.bool_)
         segments = np.empty((count, length), dtype=np.int32)

@@ -178,7 +178,7 @@ class Capo(Task):
             done += size
         return people
 
-    def biographies_per_window(self, length: int) -> int:
+    def examples_per_window(self, split: Split, length: int) -> int:
         """M: the most whose length exceeds the window in less than 1 of 4000 cases (3.5 standard deviations), at least 1."""
         law = lengths(self.permute)
         root = (math.sqrt((3.5 * law.sd) ** 2 + 4 * law.mean * length) - 3.5 * law.sd) / (2 * law.mean)
@@ -191,13 +191,13 @@ class Capo(Task):
 
     def num_windows(self, split: Split, length: int) -> int:
         """Windows that hold the biographies of a split."""
-        return -(-self.num_examples(split) // self.biographies_per_window(length))
+        return -(-self.num_examples(split) // self.examples_per_window(split, length))
 
     def windows(self, seed: int, split: Split, first: int, count: int, length: int) -> Windows:
         """See ``Task.windows``; a window behind the last one is all padding."""
         if length < 1:
             raise ValueError(f"windows of {length} tokens: at least 1")
-        per_window = self.biographies_per_window(length)
+        per_window = self.examples_per_window(split, length)
         stop = min((first + count) * per_window, self.num_examples(split))
         return self._pack(seed, split, first * per_window, stop, (count, per_window, length))
 

@@ -109,10 +109,14 @@ class Copy(Task):
         window = self.windows(seed, split, index, 1, self.max_length)
         return window.tokens[0], window.loss_mask[0]
 
+    def examples_per_window(self, split: Split, length: int) -> int:
+        """See ``Task.examples_per_window``: as many as the shortest examples would take."""
+        return -(-length // self.max_length)
+
     def windows(self, seed: int, split: Split, first: int, count: int, length: int) -> Windows:
         """See ``Task.windows``."""
         check_split(split)
-        per_window = -(-length // self.max_length)
+        per_window = self.examples_per_window(split, length)
         tokens = np.empty((count, length), dtype=np.int64)
         mask = np.empty((count, length), dtype=np.bool_)
         segments = np.empty((count, length), dtype=np.int32)

@@ -250,16 +250,17 @@ class Depo(Task):
         size = _one(self._params(split), stream_key(self.name, seed, split), index, tokens, mask)
         return tokens[:size].copy(), mask[:size].copy()
 
+    def examples_per_window(self, split: Split, length: int) -> int:
+        """See ``Task.examples_per_window``."""
+        return -(-length // self._example_length(3 if split == "train" else self.N, self.word_length[0]))
+
     def windows(self, seed: int, split: Split, first: int, count: int, length: int) -> Windows:
         """See ``Task.windows``."""
-        params = self._params(split)
-        shortest = self._example_length(3 if split == "train" else self.N, self.word_length[0])
-        per_window = -(-length // shortest)
-        size = count * length
+        params, per_window = self._params(split), self.examples_per_window(split, length)
+        size, shape = count * length, (count, length)
         tokens, mask = np.empty(size + self._spare, dtype=np.int64), np.empty(size + self._spare, dtype=np.bool_)
         segments = np.empty(size, dtype=np.int32)
         _fill(params, stream_key(self.name, seed, split), first, per_window, length, tokens, mask, segments)
-        shape = (count, length)
         return Windows(tokens[:size].reshape(shape), mask[:size].reshape(shape), segments.reshape(shape))
 
     # ---- reading ---------------------------------------------------------------------------------------------------

@@ -141,12 +141,16 @@ class Lano(Task):
         size = _one(self.language.tables, self._written_eos, stream_key(self.name, seed, split), index, tokens)
         return tokens[:size].copy(), np.ones(size, dtype=np.bool_)
 
+    def examples_per_window(self, split: Split, length: int) -> int:
+        """See ``Task.examples_per_window``: as many as the shortest examples would take."""
+        return -(-length // (self.language.min_length + self._extra_tokens))
+
     def windows(self, seed: int, split: Split, first: int, count: int, length: int) -> Windows:
         """See ``Task.windows``."""
         check_split(split)
         tokens = np.empty((count, length), dtype=np.int64)
         segments = np.empty((count, length), dtype=np.int32)
-        per_window = -(-length // (self.language.min_length + self._extra_tokens))
+        per_window = self.examples_per_window(split, length)
         key = stream_key(self.name, seed, split)
         _fill(self.language.tables, self._written_eos, key, first, per_window, tokens, segments)
         return Windows(tokens, np.ones((count, length), dtype=np.bool_), segments)

@@ -189,10 +189,14 @@ class Mano(Task):
         size = _one(self._params(split), stream_key(self.name, seed, split), index, tokens, mask)
         return tokens[:size].copy(), mask[:size].copy()
 
+    def examples_per_window(self, split: Split, length: int) -> int:
+        """See ``Task.examples_per_window``: as many as the shortest examples would take."""
+        return -(-length // (2 * self._lengths(split)[0] + 5))
+
     def windows(self, seed: int, split: Split, first: int, count: int, length: int) -> Windows:
         """See ``Task.windows``."""
         params = self._params(split)
-        per_window = -(-length // (2 * params.shortest + 5))
+        per_window = self.examples_per_window(split, length)
         tokens = np.empty((count, length), dtype=np.int64)
         mask = np.empty((count, length), dtype=np.bool_)
         segments = np.empty((count, length), dtype=np.int32)

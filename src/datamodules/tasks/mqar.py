@@ -122,10 +122,14 @@ class MQAR(Task):
         window = self.windows(seed, split, index, 1, self.length)
         return window.tokens[0], window.loss_mask[0]
 
+    def examples_per_window(self, split: Split, length: int) -> int:
+        """See ``Task.examples_per_window``: as many as the shortest examples would take."""
+        return -(-length // self.length)
+
     def windows(self, seed: int, split: Split, first: int, count: int, length: int) -> Windows:
         """See ``Task.windows``."""
         check_split(split)
-        per_window = -(-length // self.length)
+        per_window = self.examples_per_window(split, length)
         cumulative = np.cumsum(self.place_probabilities)
         params = _Params(self.num_pairs, self.length, self.vocabulary, cumulative, self.random_fill)
         tokens = np.empty((count, length), dtype=np.int64)

@@ -231,7 +231,7 @@ def test_decode_inverts_encode(stories):
 def test_describe_tells_the_record():
     task = Capo(num_people=9)
     text = task.describe(task.windows(0, "val", 0, 1, 400).tokens[0])
-    for j in task.people(0, "val", 0, task.biographies_per_window(400)):
+    for j in task.people(0, "val", 0, task.examples_per_window("val", 400)):
         assert all(value in text for value in (task.person(0, int(j)).full_name, *task.person(0, int(j)).values))
     assert "employer city" in text
 
@@ -280,7 +280,7 @@ def test_an_exposure_shows_everyone_once():
 @pytest.mark.parametrize("length", [512, 200, 40])  # 40 cuts most biographies
 def test_windows_are_examples_and_padding(split, length):
     task: Any = Capo(num_people=11, exposures=2)
-    per_window, examples = task.biographies_per_window(length), 22 if split == "train" else 11
+    per_window, examples = task.examples_per_window(split, length), 22 if split == "train" else 11
     last = task.num_windows(split, length) - 1
     assert last == (examples - 1) // per_window
     windows = task.windows(3, split, last - 1, 3, length)
@@ -307,7 +307,7 @@ def test_window_w_does_not_depend_on_which_batch_asks_for_it():
 
 def test_windows_hold_as_many_biographies_as_all_but_always_fit():
     task = Capo()
-    assert [task.biographies_per_window(length) for length in (1, task.min_window, 512, 2048)] == [1, 1, 6, 28]
+    assert [task.examples_per_window("train", length) for length in (1, task.min_window, 512, 2048)] == [1, 1, 6, 28]
     assert task.num_windows("train", 512) == -(-50_000 * 100 // 6)
     assert task.num_windows("val", 512) == -(-50_000 // 6)
     windows = task.windows(0, "train", 0, 3000, 512)
