@@ -1,11 +1,17 @@
 """What only a CUDA device can show. Run with ``pytest -m gpu``."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from src.build import build_model
+from src.build import CONFIG_DIR, build_model
 from src.components.canon import Canon
-from tests.runs import results, tiny_run
+from src.datamodules.tasks import Generation
+from src.evaluation.generation import generate
+from src.run import run
+from tests.runs import TINY, compose_run, results, tiny_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,3 +60,52 @@ def test_a_run_in_bf16(tmp_path, compile_blocks):
     metrics = tiny_run(tmp_path, "canon.positions=ABCD", f"compile={str(compile_blocks).lower()}", *gpu)
     assert metrics["test/loss"] < 5
     assert results(tmp_path)["backends"]["causal_conv"]
+
+
+@pytest.mark.parametrize("canon", ["''", "ABCD"])
+def test_what_is_written_is_what_the_cpu_writes(canon):
+    torch.manual_seed(0)
+    net = build_model([f"canon.positions={canon}", "position=nope", "model.vocab_size=50", "model.dim=32"]).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2.0)  # clear choices, which rounding does not turn
+    prompts = [np.arange(1, n) for n in (3, 9, 2, 6)]
+    settings = Generation(stop=0, max_new_tokens=16)
+    expected = generate(net, prompts, settings)
+    found = generate(net.cuda(), prompts, settings)
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("task", ["brevo1", "lano", "capo", "mano", "copy", "mqar"])
+def test_every_task_on_the_gpu(task, tmp_path):
+    small = {
+        "brevo1": ["data.task.N=8"],
+        "lano": ["data.task.levels=3"],
+        "capo": ["data.task.num_people=50", "data.window=256"],
+        "mano": ["data.task.L=4"],
+        "copy": ["data.task.N=30"],
+        "mqar": ["data.task.num_pairs=4", "data.task.length=32", "data.task.vocabulary=64"],
+    }[task]
+    answers = ["data.val_answers=8", "data.test_answers=8"] if task in ("brevo1", "lano") else []
+    options = [option for option in TINY if not option.startswith(("data=", "trainer=cpu"))]
+    gpu = ["trainer=gpu", f"compile={str(task == 'brevo1').lower()}", "canon.positions=ABCD", "data.num_workers=2"]
+    metrics = run(compose_run(tmp_path, f"data={task}", *options, *small, *answers, *gpu))
+    assert 0 <= metrics["test/accuracy"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [path.stem for path in sorted((CONFIG_DIR / "experiment" / "single_gpu").glob("*.yaml"))]
+)
+def test_experiments_of_one_gpu_learn(name, tmp_path):
+    """Two hundred steps of the real thing, with its compiled blocks; prints what an hour would hold."""
+    config = compose_run(tmp_path, f"experiment=single_gpu/{name}")
+    own = list(config.compare.values())[1]
+    short = ["compare=null", "trainer.max_steps=200", "scheduler.warmup_steps=20", "trainer.val_check_interval=200"]
+    few = ["data.val_windows=16", "data.test_windows=16"]
+    metrics = run(compose_run(tmp_path, f"experiment=single_gpu/{name}", *own, *short, *few))
+    seconds, steps = results(tmp_path)["seconds"], config.trainer.max_steps
+    print(
+        f"{name}: {seconds:.0f} s for 200 steps, so at most {2 * steps / 200 * seconds / 3600:.2f} h for both variants"
+    )
+    assert metrics["test/loss"] < math.log(config.size.vocab_size)
