@@ -86,12 +86,12 @@ class TaskEvaluator(Evaluator):
             self.group_total[i] += total
 
     def compute(self) -> dict[str, Tensor]:
-        """Adds accuracies; a difficulty that never came up is NaN."""
+        """Adds accuracies, of the difficulties that came up."""
         groups = len(self.task.groups)
         right = {"accuracy": self.group_right[:groups].sum()} | dict(zip(self.names, self.group_right, strict=True))
         total = {"accuracy": self.group_total[:groups].sum()} | dict(zip(self.names, self.group_total, strict=True))
         self.counts = {name: (int(right[name]), int(total[name])) for name in right if total[name] > 0}
-        return super().compute() | {name: right[name] / total[name] for name in right}
+        return super().compute() | {name: right[name] / total[name] for name in self.counts}
 
 
 class LanoEvaluator(TaskEvaluator):
@@ -124,7 +124,9 @@ class LanoEvaluator(TaskEvaluator):
             self.distribution_sums += torch.tensor(found, dtype=torch.float64, device=logits.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Adds the means over sentences."""
+        """Adds the means over sentences, if any was whole."""
+        if not self.distribution_sums[3]:
+            return super().compute()
         means = self.distribution_sums[:3] / self.distribution_sums[3]
         return super().compute() | dict(zip(("kl", "leaked", "entropy"), means, strict=True))
 
