@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -92,6 +92,8 @@ def check(node: Any, where: str = "", given: set[str] | None = None) -> None:
 
     Raises:
         ConfigError: for the first key that does not fit.
+
+    Whole numbers written as floats (1e3) become integers in ``node`` where the signature wants integers.
     """
     if isinstance(node, list):
         for i, item in enumerate(node):
@@ -118,7 +120,7 @@ def resolve_target(target: str, where: str = "") -> Any:
         raise ConfigError(f"{where}._target_={target!r} does not exist; {suggest(name, public)}") from None
 
 
-def _check_call(node: Mapping[str, Any], where: str, given: set[str]) -> None:
+def _check_call(node: dict[str, Any], where: str, given: set[str]) -> None:
     target = resolve_target(node["_target_"], where)
     parameters = inspect.signature(target).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -134,7 +136,7 @@ def _check_call(node: Mapping[str, Any], where: str, given: set[str]) -> None:
     hints = _hints(target)
     for key in keys:
         if key in hints:
-            _check_type(node[key], hints[key], f"{where}.{key}")
+            node[key] = _checked_value(node[key], hints[key], f"{where}.{key}")
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -145,22 +147,31 @@ def _hints(target: Any) -> dict[str, Any]:
         return {}
 
 
-def _check_type(value: Any, hint: Any, where: str) -> None:
-    """Checks values that YAML can hold; nodes that are built into objects are checked by their own signature."""
+def _checked_value(value: Any, hint: Any, where: str) -> Any:
+    """Checks values that YAML can hold; nodes that are built into objects are checked by their own signature.
+
+    Returns:
+        The value; whole numbers that were written as floats, such as 1e3, as integers where integers are wanted.
+    """
     if _holds_target(value) or hint is Any:
-        return
+        return value
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(strict=False, arbitrary_types_allowed=True))
     except Exception:  # pydantic has no schema for this annotation (a protocol, a callable's own type)
         try:
             adapter = TypeAdapter(hint)
         except Exception:
-            return
+            return value
     try:
-        adapter.validate_python(value)
+        read = adapter.validate_python(value)
     except ValidationError as error:
         expected = "; ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
         raise ConfigError(f"{where}={value!r}: {expected}") from None
+    if isinstance(value, bool) and not isinstance(read, bool):
+        raise ConfigError(f"{where}={value!r}: a number, not true or false")
+    if type(value) is float and type(read) is int:
+        return read
+    return list(read) if isinstance(value, list) and isinstance(read, list | tuple) else value
 
 
 def _holds_target(value: Any) -> bool:

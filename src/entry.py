@@ -136,6 +136,8 @@ def _missing(config: DictConfig, key: str) -> str | None:
             if _is_argument(node, part):
                 return f"{key}: not set in the configuration so far; to add it write +{key}=..."
             where = ".".join(path)
+            if not path and (Path(CONFIG_DIR) / part).is_dir() and key != part:
+                return f"{key}: {part} is not chosen here; choose it first, {part}=..."
             known = [str(name) for name in node if not str(name).startswith("_")]
             if not path:
                 known += [p.name for p in Path(CONFIG_DIR).iterdir() if p.is_dir()]

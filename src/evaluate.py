@@ -20,6 +20,7 @@ from omegaconf import DictConfig  # noqa: E402
 from src.checkpoints.files import check_same_data, model_from_checkpoint, read_checkpoint  # noqa: E402
 from src.config import ConfigError, instantiate, to_plain  # noqa: E402
 from src.datamodules.base import StreamDataModule  # noqa: E402
+from src.datamodules.task import TaskDataModule  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
 from src.evaluation.statistics import intervals  # noqa: E402
 from src.reporting.scores import print_scores  # noqa: E402
@@ -39,6 +40,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     datamodule: StreamDataModule = instantiate(plain.get("data") or trained["data"], "data")
     if not plain.get("data"):
         check_same_data(checkpoint, datamodule.fingerprint(), plain["ckpt_path"])
+    else:
+        check_same_vocabulary(instantiate(trained["data"], "data"), datamodule)
     net = model_from_checkpoint(checkpoint)
     if net.vocab_size < datamodule.vocab_size:
         raise ConfigError(f"data: has ids up to {datamodule.vocab_size - 1}, the model knows {net.vocab_size}")
@@ -50,6 +53,21 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         report(metrics, module.counts, datamodule.chance(), plain, checkpoint["global_step"])
     return metrics
+
+
+def check_same_vocabulary(trained: StreamDataModule, asked: StreamDataModule) -> None:
+    """Raises a ConfigError when the token ids of two synthetic tasks have different meanings."""
+    if not isinstance(trained, TaskDataModule) or not isinstance(asked, TaskDataModule):
+        return
+    before, now = ({"task": data.task.name} | data.task.vocabulary() for data in (trained, asked))
+    if before != now:
+        differs = ", ".join(
+            f"{key}: {before.get(key)} and {now.get(key)}" for key in before if before.get(key) != now.get(key)
+        )
+        raise ConfigError(
+            f"data: the token ids of the model's own task mean something else here ({differs}). The release's ids "
+            "(compact_ids=false) are the same for all difficulties"
+        )
 
 
 def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any]) -> L.Trainer:

@@ -191,6 +191,9 @@ def test_quickstart_command_compares_two_models(tmp_path):
         (["-m", "canon.positon=A,B"], ["no key 'positon'", "did you mean 'positions'"]),
         (["trainer.precision=12"], ["trainer.precision=12"]),
         (["data.window=nan"], ["data.window"]),
+        (["data.seed=-1"], ["data.seed=-1"]),
+        (["data=lano", "data.task.levels=true"], ["data.task.levels=True", "not true or false"]),
+        (["data=mano", "data.task.L=2.5"], ["data.task.L=2.5"]),
     ],
     ids=lambda v: v[0] if isinstance(v, list) and "=" in v[0] else "",
 )

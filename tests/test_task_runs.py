@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from src.config import ConfigError
 from src.evaluate import evaluate
 from tests.runs import command, compose_run, main, results, tiny_run
 
@@ -102,3 +103,32 @@ def test_mistakes_in_a_task_end_in_one_clear_message(overrides, message, tmp_pat
     with pytest.raises(SystemExit):
         main(train, "train", *overrides, "trainer=cpu", f"hydra.run.dir={tmp_path}")
     assert message in capsys.readouterr().err
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    metrics = tiny_run(tmp_path, *options("mano"), "data.task.L=3.0", "data.window=48.0", "trainer.max_steps=2e0")
+    assert "test/accuracy/length3" in metrics
+    assert results(tmp_path)["data"]["L"] == 3
+
+
+def test_a_checkpoint_is_not_scored_on_tokens_of_another_meaning(tmp_path):
+    tiny_run(tmp_path, *options("brevo1"), "trainer.max_steps=1")
+    again = [f"ckpt_path={tmp_path}", f"paths.output_dir={tmp_path}", "data=brevo1", *SMALL, *ANSWERS]
+    other = compose_run(tmp_path, *again, "data.task.N=4", "data.task.compact_ids=true", config_name="evaluate")
+    with pytest.raises(ConfigError, match=r"token ids .* mean something else here \(query: 6 and 5"):
+        evaluate(other)
+    same = compose_run(
+        tmp_path,
+        *again,
+        "data.task.N=5",
+        "data.task.compact_ids=true",
+        "data.task.query=last_quarter",
+        config_name="evaluate",
+    )
+    assert evaluate(same)["test/loss"] > 0
+
+
+def test_evaluate_says_that_data_must_be_chosen_before_it_is_changed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(evaluate, "evaluate", f"ckpt_path={tmp_path}", "data.task.N=8")
+    assert "data is not chosen here; choose it first, data=..." in capsys.readouterr().err

@@ -81,6 +81,8 @@ class TaskDataModule(StreamDataModule):
         seed: int = 0,
     ):
         super().__init__(window, batch_size, eval_batch_size, num_workers)
+        if seed < 0:
+            raise ValueError(f"data.seed={seed}: a number from 0 on")
         self._check(
             task, window, {"val": val_windows, "test": test_windows}, {"val": val_answers, "test": test_answers}
         )
@@ -123,9 +125,9 @@ class TaskDataModule(StreamDataModule):
         return task_evaluator(self.task, self.seed, split, self.answers[split], self.eval_batch_size)
 
     def chance(self) -> dict[str, float]:
-        """See ``StreamDataModule.chance``; over all answers, the mean of the difficulties."""
+        """See ``StreamDataModule.chance``."""
         groups = {f"accuracy/{group}": self.task.chance(group) for group in self.task.groups}
-        return {"accuracy": sum(groups.values()) / len(groups)} | groups
+        return {"accuracy": self.task.overall_chance()} | groups
 
     def fingerprint(self) -> dict[str, Any]:
         """The task's parameters and the seed: they determine every token."""

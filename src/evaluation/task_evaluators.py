@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from src.components.backbone import Backbone
-from src.datamodules.tasks.base import Score, Split, Task
+from src.datamodules.tasks.base import SPLITS, Score, Split, Task
 from src.datamodules.tasks.capo import NAME, Capo, ceiling_bits, learned_bits
 from src.datamodules.tasks.lano import Lano, entropy, kl_divergence
 from src.evaluation.evaluators import Evaluator
@@ -68,8 +68,8 @@ class TaskEvaluator(Evaluator):
             indices = range(first, min(first + self.batch_size, self.written))
             examples = [self.task.example(self.seed, self.split, index)[0] for index in indices]
             prompts = [tokens[: self.task.prompt_length(tokens)] for tokens in examples]
-            keys = [(self.seed, index) for index in indices]
-            texts = generate(net, prompts, settings, keys)
+            keys = [(self.seed, SPLITS.index(self.split), index) for index in indices]
+            texts = generate(net, prompts, settings, keys if settings.temperature else None)
             # At least one column of padding tells an unfinished answer from one that a window has cut.
             longest = 1 + max(len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True))
             rows = np.full((len(prompts), longest), -1, dtype=np.int64)
@@ -99,7 +99,8 @@ class LanoEvaluator(TaskEvaluator):
 
     Taken over the first sentence of every window, which nothing precedes but <bos>; one that the window cuts is left out.
     ``kl`` is the mean over sentences of the mean over rows (nats); ``leaked`` the probability that the model gives to tokens outside of
-    the grammar; ``entropy`` that of the exact distributions, below which no model's loss can be.
+    the grammar; ``entropy`` that of the exact distributions, below which no model's loss can be; ``kl_sentences`` how many sentences
+    that were.
     """
 
     distribution_sums: Tensor  # kl, leaked, entropy, sentences
@@ -128,7 +129,8 @@ class LanoEvaluator(TaskEvaluator):
         if not self.distribution_sums[3]:
             return super().compute()
         means = self.distribution_sums[:3] / self.distribution_sums[3]
-        return super().compute() | dict(zip(("kl", "leaked", "entropy"), means, strict=True))
+        found = dict(zip(("kl", "leaked", "entropy"), means, strict=True))
+        return super().compute() | found | {"kl_sentences": self.distribution_sums[3]}
 
 
 class CapoEvaluator(TaskEvaluator):

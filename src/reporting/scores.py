@@ -22,7 +22,7 @@ def print_scores(
     """
     table = Table(title=title)
     for column in ("metric", "value", "95% interval", "answers", "chance"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=column == "metric")
     for name, value in metrics.items():
         own = intervals.get(name)
         floor = chance.get(name.partition("/")[2])

@@ -45,11 +45,14 @@ def graph(rng: random.Random, n: int) -> list[list[int]]:
     leaves = rng.randint(1, (n - 1) // 4 + 1)
     parents: list[list[int]] = [[] for _ in range(n)]
     children = [0] * n
+    candidates = list(range(leaves))
     for i in range(leaves, n):
-        candidates = [j for j in range(i) if children[j] < 4]
         parents[i] = rng.sample(candidates, rng.randint(1, min(len(candidates), 4)))
         for parent in parents[i]:
             children[parent] += 1
+            if children[parent] == 4:
+                candidates.remove(parent)
+        candidates.append(i)
     return parents
 
 
@@ -61,7 +64,10 @@ def ancestors(rng: random.Random, parents: list[list[int]], query: int) -> list[
             if parent not in needed:
                 needed.add(parent)
                 todo.append(parent)
-    waiting = {node: sum(node in parents[child] for child in needed) for node in needed}
+    waiting = dict.fromkeys(needed, 0)
+    for node in needed:
+        for parent in parents[node]:
+            waiting[parent] += 1
     pool, order = [query], []
     while pool:
         node = pool.pop(rng.randrange(len(pool)))

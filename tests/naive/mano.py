@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import random
-from functools import cache
+from functools import lru_cache
 
 from src.datamodules.tasks import Mano
 
 Rows = list[list[int]]
 
 
-def expression(task: Mano, rng: random.Random, operators: int) -> tuple[list[int], int]:
-    """Tokens in prefix notation, and the value."""
+def expression(task: Mano, rng: random.Random, operators: int, tokens: list[int]) -> int:
+    """Writes an expression in prefix notation to the end of ``tokens``; returns its value."""
+    names = ids(task)
     if operators == 0:
         value = rng.randrange(task.modulus)
-        return [ids(task)["value"][value]], value
+        tokens.append(names["value"][value])
+        return value
     op = rng.randrange(3)
     inside = rng.randrange(operators)
-    left_tokens, left = expression(task, rng, inside)
-    right_tokens, right = expression(task, rng, operators - 1 - inside)
-    value = (left + right, left - right, left * right)[op] % task.modulus
-    token = ids(task)["operator"][synonym(task, rng)][op]
-    return [token, *left_tokens, *right_tokens], value
+    tokens.append(names["operator"][synonym(task, rng)][op])
+    left = expression(task, rng, inside, tokens)
+    right = expression(task, rng, operators - 1 - inside, tokens)
+    if op == 0:
+        return (left + right) % task.modulus
+    return (left - right if op == 1 else left * right) % task.modulus
 
 
-@cache
+@lru_cache(maxsize=1)
 def ids(task: Mano) -> dict[str, list]:
     """The task's token ids as plain lists."""
     return {kind: rows.tolist() for kind, rows in task.ids.items()}
@@ -38,11 +41,10 @@ def synonym(task: Mano, rng: random.Random) -> int:
 def example(task: Mano, rng: random.Random, test: bool = False) -> tuple[list[int], list[bool]]:
     """One example: tokens and target-aligned mask."""
     operators = task.L if test else rng.randint(1, task.L)
-    tokens, value = expression(task, rng, operators)
     names = ids(task)
-    head = [names["bos"][synonym(task, rng)], names["length"][synonym(task, rng)][operators]]
-    tail = [names["ans"][synonym(task, rng)][operators], names["value"][value]]
-    tokens = head + tokens + tail
+    tokens = [names["bos"][synonym(task, rng)], names["length"][synonym(task, rng)][operators]]
+    value = expression(task, rng, operators, tokens)
+    tokens += [names["ans"][synonym(task, rng)][operators], names["value"][value]]
     return tokens, [task.loss == "all"] * (len(tokens) - 1) + [True]
 
 

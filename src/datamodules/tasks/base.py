@@ -102,10 +102,18 @@ class Task(ABC):
     def chance(self, group: str) -> float:
         """Expected accuracy of the best guess that ignores the question, at evaluation difficulty."""
 
+    def overall_chance(self) -> float:
+        """Expected accuracy of that guess over all answers; for difficulties that are equally frequent, the mean."""
+        return sum(map(self.chance, self.groups)) / len(self.groups)
+
     @property
     def generation(self) -> Generation | None:
         """How answers are written, or None for a task scored on single predictions (teacher forcing)."""
         return None
+
+    def vocabulary(self) -> dict[str, Any]:
+        """What gives token ids their meaning, in plain values: a model of one task can be scored on another with the same."""
+        return {"vocab_size": self.vocab_size}
 
     def fingerprint(self) -> dict[str, Any]:
         """What determines the examples besides seed, split and index, in plain values."""

@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,8 @@ from src.datamodules.tasks.brevo_sampling import MAX_DEGREE, MAX_NODES, Params, 
 from src.datamodules.tasks.rng import stream_key
 
 DEEPEST_GROUP = 6
-SMALL = 10  # nodes, below which guessing is worth reckoning with
+SMALL = 11  # nodes, below which guessing is worth reckoning with
+BLIND_EXAMPLES = 4000  # from which it is estimated
 
 Word = tuple[int, ...]
 
@@ -147,8 +148,7 @@ class Brevo(Task):
         for key, choices in (("query", ("last", "last_quarter")), ("eos", ("bos", "ans", "own"))):
             if getattr(self, key) not in choices:
                 raise ValueError(f"Brevo.{key}={getattr(self, key)!r}: choose one of {', '.join(choices)}")
-        if self.multi_token:
-            self._check_words()
+        self._check_words()
         if not self.compact_ids and self._node_ids > 9990:
             raise ValueError(
                 f"Brevo: N={self.N} and mini_vocab={self.mini_vocab} reach the special ids at 9996; set compact_ids=true"
@@ -160,7 +160,7 @@ class Brevo(Task):
         if len(self.word_length) != 2 or not 1 <= self.word_length[0] <= self.word_length[1] <= 16:
             raise ValueError(f"Brevo.word_length={self.word_length}: two numbers, 1 <= shortest <= longest <= 16")
         words = sum(self.mini_vocab**length for length in range(self.word_length[0], self.word_length[1] + 1))
-        if words < self.N:
+        if self.multi_token and words < self.N:
             raise ValueError(
                 f"Brevo.N={self.N}: only {words} different words exist with mini_vocab={self.mini_vocab} and "
                 f"word_length={self.word_length}; raise one of these or lower N"
@@ -200,6 +200,11 @@ class Brevo(Task):
         """10,000 with the release's ids."""
         return self._node_ids + 4 if self.compact_ids else 10_000
 
+    def vocabulary(self) -> dict[str, Any]:
+        """See ``Task.vocabulary``."""
+        inner = self.mini_vocab if self.multi_token else None
+        return {"mini_vocab": inner, "query": self.query_id, "ans": self.ans_id, "bos": self.bos_id, "eos": self.eos_id}
+
     # ---- laws ------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -220,23 +225,30 @@ class Brevo(Task):
         return ("official",)
 
     def chance(self, group: str) -> float:
-        """How often the best guess that ignores the edges is right, of whatever depth; below 0.3% from N = 10 on and then called 0."""
-        return self._blind_guess if self.N < SMALL else 0.0
+        """How often the best guess that ignores the edges is right at this depth; called 0 from N = 11 on, where it is below 0.3%."""
+        return self._blind_guess.get(group, 0.0) if self.N < SMALL else 0.0
+
+    def overall_chance(self) -> float:
+        """The same over all depths."""
+        return self._blind_guess["all"] if self.N < SMALL else 0.0
 
     @cached_property
-    def _blind_guess(self) -> float:
-        """A guess is a number m - 1 of the other nodes, at random and in random order, and the query last: for the best m, estimated.
+    def _blind_guess(self) -> dict[str, float]:
+        """A guess is m - 1 of the other nodes, at random and in random order, and the query last: for the m that is best over all.
 
-        Of (n - 1)! / (n - m)! such guesses those are right that are an order of the answer's own nodes.
+        Of (n - 1)! / (n - m)! such guesses those are right that are an order of the answer's own nodes. Means over examples.
         """
-        right = np.zeros(self.N + 1)
-        examples = 2000
-        for index in range(examples):
+        right = np.zeros((len(self.groups), self.N + 1))
+        examples = np.zeros(len(self.groups))
+        for index in range(BLIND_EXAMPLES):
             graph = self.parse(self.example(0, "test", index)[0])
             listed = len({node for edge in graph.edges for node in edge})
-            m = len(graph.answer)
-            right[m] += graph.num_orders() / math.perm(listed - 1, m - 1) / examples
-        return float(right.max())
+            m, depth = len(graph.answer), min(graph.depth(), len(self.groups)) - 1
+            right[depth, m] += graph.num_orders() / math.perm(listed - 1, m - 1)
+            examples[depth] += 1
+        best = right.sum(axis=0).argmax()
+        found = {group: float(right[d, best] / max(examples[d], 1)) for d, group in enumerate(self.groups)}
+        return found | {"all": float(right[:, best].sum() / BLIND_EXAMPLES)}
 
     @property
     def generation(self) -> Generation:
@@ -279,7 +291,9 @@ class Brevo(Task):
 
     def example(self, seed: int, split: Split, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """See ``Task.example``."""
-        tokens = np.empty(self.max_length, dtype=np.int64)
+        tokens = np.empty(
+            self.max_length + 16, dtype=np.int64
+        )  # a word is at most 16 tokens, the last one's surplus included
         mask = np.empty(self.max_length, dtype=np.bool_)
         size = write_example(self._params(split), stream_key(self.name, seed, split), index, tokens, mask)
         return tokens[:size].copy(), mask[:size].copy()
@@ -389,7 +403,7 @@ class Brevo(Task):
             for node in graph.answer
             if node in parents
         ]
-        idle = sorted(names[node] for node in names if node not in required)
-        lines.append(f"idle      {', '.join(idle) or 'none'}")
+        idle = sorted(node for node in names if node not in required)
+        lines.append(f"idle      {', '.join(names[node] for node in idle) or 'none'}")
         lines.append(f"answer    {' '.join(names.get(node, str(node)) for node in graph.answer)}")
         return "\n".join(lines)

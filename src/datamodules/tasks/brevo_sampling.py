@@ -34,7 +34,8 @@ class Params(NamedTuple):
 @njit(cache=True)
 def _draw_words(params, stream, count, words, sizes, table):
     """Fills words [., longest] and sizes with ``count`` distinct words, by rejection. ``table`` is open addressing, of word codes."""
-    table[:] = -1
+    if count > 0:
+        table[:] = -1
     wrap = np.int64(table.shape[0] - 1)
     found = 0
     while found < count:
@@ -55,19 +56,22 @@ def _draw_words(params, stream, count, words, sizes, table):
 
 
 @njit(cache=True)
-def _draw_graph(stream, n, graph, candidates, children):
-    """Fills graph [n, 1 + MAX_DEGREE]: number of parents, and the parents, of each node."""
+def _draw_graph(stream, n, parents, counts, candidates, children):
+    """Fills counts [n], numbers of parents, and parents [n, MAX_DEGREE], filled up with a node that does not exist."""
+    nobody = children.shape[0] - 1
     leaves = 1 + below(stream, (n - 1) // MAX_DEGREE + 1)
     open_nodes = 0
     for i in range(n):
-        graph[i, 0] = 0
+        for j in range(MAX_DEGREE):
+            parents[i, j] = nobody
+        counts[i] = 0
         if i >= leaves:
             wanted = 1 + below(stream, min(open_nodes, MAX_DEGREE))
-            graph[i, 0] = wanted
+            counts[i] = wanted
             for j in range(wanted):  # the first steps of a Fisher-Yates shuffle
                 pick = j + below(stream, open_nodes - j)
                 candidates[j], candidates[pick] = candidates[pick], candidates[j]
-                graph[i, 1 + j] = candidates[j]
+                parents[i, j] = candidates[j]
                 children[candidates[j]] += 1
             for j in range(wanted - 1, -1, -1):  # the last candidate takes the place of one that is full
                 if children[candidates[j]] == MAX_DEGREE:
@@ -79,52 +83,67 @@ def _draw_graph(stream, n, graph, candidates, children):
 
 
 @njit(cache=True)
-def _peel(stream, query, graph, waiting, pool, order):
-    """Writes the query and its ancestors to ``order``, parents first; returns where they start (they end with the array's n-th)."""
-    for i in range(query + 1):
-        waiting[i] = -1  # not an ancestor
-    waiting[query] = 0
+def _draw_edges(stream, n, parents, counts, edges):
+    """Lists the edges as parent << SHIFT | child, in random order; returns their number."""
+    count = 0
+    for i in range(n):
+        for j in range(counts[i]):
+            # An inside-out shuffle: the new edge takes a random place, whose holder moves to the end.
+            new = below(stream, count + 1)
+            edges[count] = edges[new]
+            edges[new] = (parents[i, j] << SHIFT) | i
+            count += 1
+    return count
+
+
+@njit(cache=True)
+def _peel(stream, query, parents, waiting, pool, order):
+    """Writes the query and its ancestors to ``order``, parents first; returns where they start (they end with entry ``query``).
+
+    Without branches on what is random: it would cost more than the work it saves. The node that does not exist waits for ever.
+    """
+    waiting[:] = 0  # for how many children in the answer
     for i in range(query, -1, -1):  # children have larger numbers
-        if waiting[i] >= 0:
-            for j in range(1, 1 + graph[i, 0]):
-                parent = graph[i, j]
-                waiting[parent] = max(waiting[parent], 0) + 1
+        needed = (waiting[i] > 0) | (i == query)
+        for j in range(MAX_DEGREE):
+            waiting[parents[i, j]] += needed
+    waiting[waiting.shape[0] - 1] = waiting.shape[0] * MAX_DEGREE
     pool[0], size, start = query, 1, query + 1
     while size > 0:
-        pick = below(stream, size) if size > 1 else 0
+        pick = below(stream, size)
         node = pool[pick]
         size -= 1
         pool[pick] = pool[size]
         start -= 1
         order[start] = node
-        for j in range(1, 1 + graph[node, 0]):
-            parent = graph[node, j]
+        for j in range(MAX_DEGREE):
+            parent = parents[node, j]
             waiting[parent] -= 1
-            if waiting[parent] == 0:
-                pool[size] = parent
-                size += 1
+            pool[size] = parent
+            size += waiting[parent] == 0
     return start
 
 
 @njit(cache=True)
-def _name_nodes(params, stream, n, graph, names, words, sizes, table):
-    """Gives node i the word number names[i]. Nodes that no edge mentions need none."""
+def _name_nodes(params, stream, n, parents, counts, names, listed):
+    """Gives node i the name names[i]: a token, or the number of a word. Returns how many words there are to be.
+
+    Nodes that no edge mentions get no word.
+    """
     if not params.multi_token:
         # The first n steps of a Fisher-Yates shuffle of the ids 1..N.
         for i in range(params.n_max):
-            words[i, 0] = i + 1
+            names[i] = i + 1
         for i in range(n):
             j = i + below(stream, params.n_max - i)
-            words[i, 0], words[j, 0] = words[j, 0], words[i, 0]
-            names[i], sizes[i] = i, 1
-        return
+            names[i], names[j] = names[j], names[i]
+        return 0
     names[:n] = -1
     for i in range(n):
-        for j in range(1, 1 + graph[i, 0]):
-            names[graph[i, j]] = 0
+        for j in range(counts[i]):
+            names[parents[i, j]] = 0
             names[i] = 0
     # Late words are longer, because short ones run out; so which node gets which is shuffled (inside out).
-    listed = table  # free until the words are drawn
     count = 0
     for i in range(n):
         if names[i] == 0:
@@ -134,23 +153,17 @@ def _name_nodes(params, stream, n, graph, names, words, sizes, table):
             count += 1
     for i in range(count):
         names[listed[i]] = i
-    _draw_words(params, stream, count, words, sizes, table)
-
-
-@njit(cache=True)
-def _put(words, sizes, which, tokens, at):
-    for i in range(sizes[which]):
-        tokens[at + i] = words[which, i]
-    return at + sizes[which]
+    return count
 
 
 class _Scratch(NamedTuple):
     """Room for one example, allocated once."""
 
-    graph: NDArray[np.int64]  # [N, 1 + MAX_DEGREE]
+    parents: NDArray[np.int64]  # [N, MAX_DEGREE]
+    counts: NDArray[np.int64]  # [N], of parents
     names: NDArray[np.int64]  # [N]
-    pool: NDArray[np.int64]  # [N], candidates, then nodes that may be peeled off
-    children: NDArray[np.int64]  # [N], counts
+    pool: NDArray[np.int64]  # [N + MAX_DEGREE], candidates, then nodes that may be peeled off
+    children: NDArray[np.int64]  # [N + 1], counts; the last is of the node that does not exist
     order: NDArray[np.int64]  # [N]
     edges: NDArray[np.int64]  # [N * MAX_DEGREE]
     words: NDArray[np.int64]  # [N, longest]
@@ -164,10 +177,11 @@ def _scratch(params):
     while table_size < 4 * n:
         table_size *= 2
     return _Scratch(
-        np.empty((n, 1 + MAX_DEGREE), dtype=np.int64),
+        np.empty((n, MAX_DEGREE), dtype=np.int64),
         np.empty(n, dtype=np.int64),
         np.empty(n, dtype=np.int64),
-        np.empty(n, dtype=np.int64),
+        np.empty(n + MAX_DEGREE, dtype=np.int64),
+        np.zeros(n + 1, dtype=np.int64),
         np.empty(n, dtype=np.int64),
         np.empty(n * MAX_DEGREE, dtype=np.int64),
         np.empty((n, params.longest), dtype=np.int64),
@@ -177,48 +191,47 @@ def _scratch(params):
 
 
 @njit(cache=True)
-def _draw_edges(stream, n, graph, edges):
-    """Lists the edges as parent << SHIFT | child, in random order; returns their number."""
-    count = 0
-    for i in range(n):
-        for j in range(1, 1 + graph[i, 0]):
-            # An inside-out shuffle: the new edge takes a random place, whose holder moves to the end.
-            new = below(stream, count + 1)
-            edges[count] = edges[new]
-            edges[new] = (graph[i, j] << SHIFT) | i
-            count += 1
-    return count
+def _put(params, words, sizes, name, tokens, at):
+    """Writes a node, a word with its whole row: what comes next overwrites the surplus. Returns the position behind the node."""
+    if not params.multi_token:
+        tokens[at] = name
+        return at + 1
+    for i in range(params.longest):
+        tokens[at + i] = words[name, i]
+    return at + sizes[name]
 
 
 @njit(cache=True)
 def _example(params, stream, scratch, tokens, mask, at):
-    """Writes one example to tokens[at:] and mask[at:]; returns where it ends."""
-    graph, names, words, sizes = scratch.graph, scratch.names, scratch.words, scratch.sizes
+    """Writes one example to tokens[at:] and mask[at:]; returns where it ends. Some room behind it is scribbled on."""
+    parents, counts, names, words, sizes = scratch.parents, scratch.counts, scratch.names, scratch.words, scratch.sizes
     edges, order = scratch.edges, scratch.order
     n = params.n_max
     if params.cumulative.shape[0] > 0:
         n = 3 + min(np.searchsorted(params.cumulative, uniform(stream), side="right"), params.n_max - 3)
-    _draw_graph(stream, n, graph, scratch.pool, scratch.children)
+    _draw_graph(stream, n, parents, counts, scratch.pool, scratch.children)
     query = n - 1
     if params.last_quarter:
         query = 3 * n // 4 + below(stream, n - 3 * n // 4)
-    _name_nodes(params, stream, n, graph, names, words, sizes, scratch.table)
-    count = _draw_edges(stream, n, graph, edges)
+    num_words = _name_nodes(params, stream, n, parents, counts, names, order)
+    _draw_words(params, stream, num_words, words, sizes, scratch.table)
+    count = _draw_edges(stream, n, parents, counts, edges)
 
     start = at
     tokens[at] = params.bos
     at += 1
-    for e in range(count):
-        at = _put(words, sizes, names[edges[e] >> SHIFT], tokens, at)
-        at = _put(words, sizes, names[edges[e] & MAX_NODES], tokens, at)
+    for edge in edges[:count]:
+        at = _put(params, words, sizes, names[edge >> SHIFT], tokens, at)
+        at = _put(params, words, sizes, names[edge & MAX_NODES], tokens, at)
     tokens[at] = params.query
-    at = _put(words, sizes, names[query], tokens, at + 1)
+    at = _put(params, words, sizes, names[query], tokens, at + 1)
     mask[start:at] = False
     start = at
     tokens[at] = params.ans
     at += 1
-    for i in range(_peel(stream, query, graph, scratch.children, scratch.pool, order), query + 1):
-        at = _put(words, sizes, names[order[i]], tokens, at)
+    first = _peel(stream, query, parents, scratch.children, scratch.pool, order)
+    for node in order[first : query + 1]:
+        at = _put(params, words, sizes, names[node], tokens, at)
     tokens[at] = params.eos
     mask[start : at + 1] = True
     return at + 1
@@ -239,7 +252,7 @@ def fill(params, key, first, per_window, max_length, tokens, mask, segments):
     scratch = _scratch(params)
     length = tokens.shape[1]
     # Examples are written to a line that is longer than the window, and cut there.
-    line_tokens = np.empty(length + max_length, dtype=np.int64)
+    line_tokens = np.empty(length + max_length + params.longest, dtype=np.int64)
     line_mask = np.empty(length + max_length, dtype=np.bool_)
     for row in range(tokens.shape[0]):
         at, number = 0, 0

@@ -136,12 +136,17 @@ class Capo(Task):
         return FACTS
 
     def chance(self, group: str) -> float:
-        """How often one fixed guess is right: the most frequent value's share."""
+        """How often one who knows the pools, but nobody, is right.
+
+        That is the share of the most frequent value; but an employer's city gives the employer away in part, and an employer its city.
+        """
         if group not in FACTS:
             raise ValueError(f"group={group!r}: choose {', '.join(FACTS)}")
-        pool = pools()
-        most = max(map(pool.employer_cities.count, pool.employer_cities))
-        shares = (1 / NUM_BIRTHDAYS, 1 / CITIES, 1 / UNIVERSITIES, 1 / FIELDS, most / EMPLOYERS, 1 / EMPLOYERS)
+        cities = pools().employer_cities
+        city, employer = max(map(cities.count, cities)) / EMPLOYERS, len(set(cities)) / EMPLOYERS
+        if self.permute:  # each of the two comes first half of the time
+            city, employer = (city + 1) / 2, (1 / EMPLOYERS + employer) / 2
+        shares = (1 / NUM_BIRTHDAYS, 1 / CITIES, 1 / UNIVERSITIES, 1 / FIELDS, city, employer)
         return shares[FACTS.index(group)]
 
     def encode(self, text: str) -> list[int]:
@@ -271,7 +276,9 @@ class Capo(Task):
 
 
 def learned_bits(num_people: int, name_nats: float, value_nats: float) -> float:
-    """Bits a model has learned about N people: ``N log2(N0 / e^name_nats) + N log2(S0 / e^value_nats)``.
+    """Bits a model has learned about N people: ``N log2(N0 / e^name_nats) + N log2(S0 / e^value_nats)``, either term at least 0.
+
+    (It is a lower bound; one that is worse than guessing from the pools, as an untrained model is, has learned nothing, not less.)
 
     Args:
         num_people: N, the people of training.
@@ -279,13 +286,14 @@ def learned_bits(num_people: int, name_nats: float, value_nats: float) -> float:
         value_nats: p2, the mean of the summed cross-entropy of all tokens of the six values.
 
     Divide by the number of parameters for bits per parameter. A model that knows the pools but nobody in particular gets 1 bit a
-    person, because S0 counts the pronoun and neither term does; one that knows less than that gets less than 0.
+    person, because S0 counts the pronoun and neither term does.
     """
     _check_people(num_people)
     for key, nats in (("name_nats", name_nats), ("value_nats", value_nats)):
         if nats < 0:
             raise ValueError(f"{key}={nats}: a cross-entropy in nats, at least 0")
-    return num_people * (math.log2(N0) + math.log2(S0) - (name_nats + value_nats) / math.log(2))
+    terms = math.log2(N0) - name_nats / math.log(2), math.log2(S0) - value_nats / math.log(2)
+    return num_people * sum(term if math.isnan(term) else max(0.0, term) for term in terms)
 
 
 def ceiling_bits(num_people: int) -> float:

@@ -55,7 +55,8 @@ class Lano(Task):
     Wherever tokens are read, one <bos> in front and one <bos> or <eos> behind are allowed, and negative ids behind are padding.
 
     Args:
-        grammar: a shipped grammar (cfg3b, 3e1, 3e2, 3f, 3g, 3h, 3i, 3j, 3k), or the path of a .json file with one.
+        grammar: a shipped grammar (cfg3b, 3e1, 3e2, 3f, 3g, 3h, 3i, 3j, 3k), or the path of a .json file with one. The rules of 3e1 and
+            3e2 are of the published kind and sizes, but not the published ones, which are in the release alone.
         levels: use its lowest levels alone, rooted at the first symbol of the layer above them; None: all of it.
         terminator: what ends a sentence, the ``bos`` of the next one or an ``eos`` of its own.
 
@@ -128,6 +129,10 @@ class Lano(Task):
         """0: random strings of this length are practically never sentences."""
         return 0.0
 
+    def vocabulary(self) -> dict[str, Any]:
+        """See ``Task.vocabulary``."""
+        return {"terminals": self.language.terminals, "stop": self.stop_id}
+
     def fingerprint(self) -> dict[str, Any]:
         """See ``Task.fingerprint``; a file of rules may change under its name, so they are part of it."""
         return super().fingerprint() | {"rules": zlib.crc32(str(self.language).encode())}
@@ -173,14 +178,18 @@ class Lano(Task):
     def score(self, tokens: NDArray[np.int64], predictions: NDArray[np.int64]) -> Score:
         """Counts sentences of the language among those written, one a row behind its <bos>.
 
-        Right is a row that reaches the terminator with a sentence in front of it. What follows the terminator is not looked at; rows
-        of padding alone do not count.
+        Right is a row that reaches the terminator with a sentence in front of it; what follows is not looked at. A row that is full
+        before the terminator counts if it is a sentence: otherwise a window may have cut it. One that ends in padding without a
+        terminator was never finished, which is wrong. Rows of padding alone do not count.
         """
-        finished = []
+        finished, cut = [], []
         for row in predictions[(tokens >= 0).any(axis=1), 1:]:
-            stops = np.flatnonzero(row == self.stop_id)
-            finished.append(row[: stops[0]] if len(stops) else row[:0])
-        return Score({"valid": (int(self._inference.memberships(finished).sum()), len(finished))})
+            stops, padding = np.flatnonzero(row == self.stop_id), np.flatnonzero(row < 0)
+            unfinished = not len(stops) and len(padding)
+            finished.append(row[: stops[0]] if len(stops) else row[:0] if unfinished else row)
+            cut.append(not len(stops) and not len(padding))
+        valid = self._inference.memberships(finished)
+        return Score({"valid": (int(valid.sum()), int((valid | ~np.array(cut, dtype=bool)).sum()))})
 
     # ---- exact questions ---------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -130,6 +130,11 @@ class Mano(Task):
     def max_length(self) -> int:
         """Tokens in an example of L operators."""
         return 2 * self.L + 5
+
+    def vocabulary(self) -> dict[str, Any]:
+        """See ``Task.vocabulary``."""
+        first = {kind: int(rows.ravel()[1 if kind in ("length", "ans") else 0]) for kind, rows in self.ids.items()}
+        return {"modulus": self.modulus} | first
 
     # ---- laws ------------------------------------------------------------------------------------------------------
 

@@ -274,17 +274,25 @@ def test_number_of_orders():
 
 @pytest.mark.parametrize("N", [3, 5, 6, 9])
 def test_chance_is_what_guesses_that_ignore_the_edges_score(N):
-    """Guesses of the best length, at random from the listed nodes, the query last."""
+    """Guesses of the length that is best over all, at random from the listed nodes, the query last."""
     task, rng = Brevo(N=N), random.Random(0)
-    right = np.zeros(N + 1)
+    right, depths = np.zeros((3000, N + 1)), np.zeros(3000, dtype=int)
     for i in range(3000):
         graph = task.parse(task.example(1, "test", i)[0])
         others = list({node for edge in graph.edges for node in edge} - {graph.query})
+        depths[i] = graph.depth()
         for m in range(1, len(others) + 2):
-            right[m] += graph._replace(answer=[*rng.sample(others, m - 1), graph.query]).is_right()
+            right[i, m] = graph._replace(answer=[*rng.sample(others, m - 1), graph.query]).is_right()
+    best = right[:, right.sum(axis=0).argmax()]
+    p = task.overall_chance()
+    assert abs(best.mean() - p) < 5 * math.sqrt(p / 3000)
     p = task.chance("depth1")
-    assert abs(right.max() / 3000 - p) < 4 * math.sqrt(p / 3000) + 0.02 * p
-    assert Brevo(N=10).chance("depth1") == 0 <= Brevo(N=10)._blind_guess < 3e-3
+    assert abs(best[depths == 1].mean() - p) < 5 * math.sqrt(p / (depths == 1).sum())
+
+
+def test_chance_of_large_graphs_is_called_none():
+    assert Brevo(N=11).chance("depth1") == Brevo(N=11).overall_chance() == 0
+    assert Brevo(N=11)._blind_guess["all"] < 3.5e-3
 
 
 @pytest.mark.parametrize("multi", [False, True])

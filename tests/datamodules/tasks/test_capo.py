@@ -395,12 +395,16 @@ def test_what_is_no_biography_is_refused(change):
 
 
 def test_chance_is_the_share_of_the_commonest_value():
-    task = Capo()
-    assert task.groups == FACTS
-    expected = (1 / 67_200, 1 / 200, 1 / 300, 1 / 100, 36 / 263, 1 / 263)
-    assert tuple(map(task.chance, FACTS)) == expected
+    for permute, city, employer in (
+        (False, 36 / 263, 133 / 263),
+        (True, (36 / 263 + 1) / 2, (1 / 263 + 133 / 263) / 2),
+    ):
+        task = Capo(permute=permute)
+        assert task.groups == FACTS
+        expected = (1 / 67_200, 1 / 200, 1 / 300, 1 / 100, city, employer)
+        assert [task.chance(fact) for fact in FACTS] == pytest.approx(expected)
     with pytest.raises(ValueError, match="group='job': choose birthday"):
-        task.chance("job")
+        Capo().chance("job")
 
 
 # ---- naive twin ------------------------------------------------------------------------------------------------------

@@ -369,14 +369,23 @@ def test_an_answer_cut_by_the_window_does_not_count():
     assert sum(total for _, total in task.score(cut, cut).counts.values()) == 4
 
 
-def test_chance_level_is_what_a_random_word_scores():
-    task = Depo(N=8, K=2, mini_vocab=16, word_length=(1, 1))
-    windows = task.windows(0, "test", 0, 400, 128)
-    rng = np.random.default_rng(0)
-    guess = rng.choice(np.arange(17, 33), size=windows.tokens.shape)
-    right, total = np.sum(list(task.score(windows.tokens, guess).counts.values()), axis=0)
-    assert right / total == pytest.approx(1 / 16, abs=0.01)  # any of 16 words; one of the example's 8 doubles that
-    assert task.chance("hop1") == 1 / 8
+@pytest.mark.parametrize(("N", "K", "questions"), [(8, 2, 10), (4, 2, 10), (12, 4, 5), (3, 2, 10)])
+def test_chance_is_what_one_scores_who_never_reads_an_edge(N, K, questions):
+    """Any listed word but the one asked about and the answers to earlier questions with the same k."""
+    task, rng = Depo(N=N, K=K, mini_vocab=8, questions=questions), random.Random(0)
+    right = {k: [] for k in task.evaluation_hops}
+    for i in range(3000):
+        edges, asked = task.parse(task.example(2, "test", i)[0])
+        seen: dict[int, set] = {}
+        for k, word, answer in asked:
+            left = [x for x, _ in edges if x != word and x not in seen.setdefault(k, set())]
+            right[k].append(rng.choice(left) == answer)
+            seen[k].add(answer)
+    for k, found in right.items():
+        p = task.chance(f"hop{k}")
+        assert abs(np.mean(found) - p) < 4 * math.sqrt(p / len(found))
+    assert Depo(N=8, K=8, mini_vocab=8).chance("hop8") == 1  # once around
+    assert 1 / 375 < Depo(N=375).chance("hop8") < 1.01 / 375
 
 
 @pytest.mark.parametrize(

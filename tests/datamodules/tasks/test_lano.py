@@ -424,7 +424,7 @@ def test_score_counts_finished_sentences(terminator):
     predictions = np.where(np.arange(written.shape[1]) == 0, 3, written)
     assert lano.score(written, predictions).counts == {"valid": (2, 7)}  # the prompt is not an answer
     cut = np.array([sentences[2]])
-    assert lano.score(cut, cut).counts == {"valid": (0, 1)}
+    assert lano.score(cut, cut).counts == {"valid": (1, 1)}  # a whole sentence, whose end is the next row's
     assert lano.score(written[:1], np.full_like(written[:1], stop)).counts == {"valid": (0, 1)}
     assert lano.groups == ("valid",)
     assert lano.chance("valid") == 0.0
@@ -501,3 +501,17 @@ def test_another_set_of_rules_is_another_task_even_under_the_same_name(tmp_path)
     assert prints[0]["grammar"] == prints[1]["grammar"]
     assert prints[0] != prints[1]
     assert Lano().fingerprint() == Lano().fingerprint()
+
+
+@pytest.mark.parametrize("terminator", ["bos", "eos"])
+def test_gold_is_right_by_itself_and_in_batches(terminator):
+    """An example of ``bos`` has no end of its own; a row that a window has cut does not count, one that ends in padding is wrong."""
+    lano = Lano(terminator=terminator)
+    sentence = lano.example(0, "test", 0)[0]
+    assert lano.score(sentence[None], sentence[None]).counts == {"valid": (1, 1)}
+    batch = lano.batch(0, "test", 0, 50).tokens
+    assert lano.score(batch, batch).counts == {"valid": (50, 50)}
+    cut = sentence[None, :100]
+    assert lano.score(cut, cut).counts == {"valid": (0, 0)}
+    unfinished = np.append(sentence[:100], -1)[None]
+    assert lano.score(unfinished, unfinished).counts == {"valid": (0, 1)}
