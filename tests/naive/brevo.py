@@ -7,8 +7,7 @@ from functools import cache
 from itertools import accumulate
 
 from src.datamodules.tasks import Brevo
-
-Rows = list[list[int]]
+from tests.naive.packing import Packed, pack
 
 
 def example(task: Brevo, rng: random.Random, test: bool = False) -> tuple[list[int], list[bool]]:
@@ -93,20 +92,6 @@ def name_nodes(task: Brevo, rng: random.Random, n: int, listed: set[int]) -> dic
     return {node: list(word) for node, word in zip(sorted(listed), shuffled, strict=True)}
 
 
-def windows(task: Brevo, rng: random.Random, count: int, length: int) -> tuple[Rows, list[list[bool]], Rows]:
+def windows(task: Brevo, rng: random.Random, count: int, length: int) -> Packed:
     """Training windows: tokens, masks and segments."""
-    rows: tuple[Rows, list[list[bool]], Rows] = ([], [], [])
-    for _ in range(count):
-        tokens: list[int] = []
-        mask: list[bool] = []
-        segments: list[int] = []
-        number = 0
-        while len(tokens) < length:
-            own_tokens, own_mask = example(task, rng)
-            tokens += own_tokens
-            mask += own_mask
-            segments += [number] * len(own_tokens)
-            number += 1
-        for part, values in zip(rows, (tokens, mask, segments), strict=True):
-            part.append(values[:length])  # type: ignore[arg-type]
-    return rows
+    return pack(lambda: example(task, rng), count, length)

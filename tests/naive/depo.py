@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from itertools import accumulate
 
 from src.datamodules.tasks import Depo
+from tests.naive.packing import Packed, pack
 
 Word = tuple[int, ...]
 
@@ -40,25 +42,8 @@ def example(task: Depo, rng: random.Random, n: int) -> tuple[list[int], list[boo
     return tokens, mask
 
 
-def windows(
-    task: Depo, rng: random.Random, count: int, length: int
-) -> tuple[list[list[int]], list[list[bool]], list[list[int]]]:
+def windows(task: Depo, rng: random.Random, count: int, length: int) -> Packed:
     """``count`` training windows of ``length`` tokens: tokens, loss masks and numbers of examples."""
     sizes = range(3, task.N + 1)
-    weights = [1 / (n + task.N**0.5) if task.length_law == "weighted" else 1 for n in sizes]
-    all_tokens, all_masks, all_segments = [], [], []
-    for _ in range(count):
-        tokens: list[int] = []
-        mask: list[bool] = []
-        segments: list[int] = []
-        number = 0
-        while len(tokens) < length:
-            own_tokens, own_mask = example(task, rng, rng.choices(sizes, weights)[0])
-            tokens += own_tokens
-            mask += own_mask
-            segments += [number] * len(own_tokens)
-            number += 1
-        all_tokens.append(tokens[:length])
-        all_masks.append(mask[:length])
-        all_segments.append(segments[:length])
-    return all_tokens, all_masks, all_segments
+    weights = list(accumulate(1 / (n + task.N**0.5) if task.length_law == "weighted" else 1 for n in sizes))
+    return pack(lambda: example(task, rng, rng.choices(sizes, cum_weights=weights)[0]), count, length)

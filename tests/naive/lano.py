@@ -3,6 +3,7 @@
 import random
 
 from src.datamodules.tasks.lano import Lano
+from tests.naive.packing import Packed, pack
 
 
 def sentence(rules: dict[int, tuple], root: int, rng: random.Random) -> list[int]:
@@ -20,23 +21,15 @@ def sentence(rules: dict[int, tuple], root: int, rng: random.Random) -> list[int
     return written
 
 
-def windows(task: Lano, rng: random.Random, count: int, length: int) -> tuple[list, list, list]:
+def windows(task: Lano, rng: random.Random, count: int, length: int) -> Packed:
     """``count`` windows of ``length``: tokens, loss mask and number of the example, as lists of lists."""
     grammar = task.language
     rules = {symbol: grammar.rules_of(symbol) for layer in grammar.layers[:-1] for symbol in layer}
-    all_tokens, all_masks, all_segments = [], [], []
-    for _ in range(count):
-        tokens: list[int] = []
-        segments: list[int] = []
-        number = 0
-        while len(tokens) < length:
-            example = [task.bos_id, *sentence(rules, grammar.root, rng)]
-            if task.terminator == "eos":
-                example.append(task.eos_id)
-            tokens += example
-            segments += [number] * len(example)
-            number += 1
-        all_tokens.append(tokens[:length])
-        all_masks.append([True] * length)
-        all_segments.append(segments[:length])
-    return all_tokens, all_masks, all_segments
+
+    def example() -> tuple[list[int], list[bool]]:
+        tokens = [task.bos_id, *sentence(rules, grammar.root, rng)]
+        if task.terminator == "eos":
+            tokens.append(task.eos_id)
+        return tokens, [True] * len(tokens)
+
+    return pack(example, count, length)

@@ -6,8 +6,7 @@ import random
 from functools import lru_cache
 
 from src.datamodules.tasks import Mano
-
-Rows = list[list[int]]
+from tests.naive.packing import Packed, pack
 
 
 def expression(task: Mano, rng: random.Random, operators: int, tokens: list[int]) -> int:
@@ -48,20 +47,6 @@ def example(task: Mano, rng: random.Random, test: bool = False) -> tuple[list[in
     return tokens, [task.loss == "all"] * (len(tokens) - 1) + [True]
 
 
-def windows(task: Mano, rng: random.Random, count: int, length: int) -> tuple[Rows, list[list[bool]], Rows]:
+def windows(task: Mano, rng: random.Random, count: int, length: int) -> Packed:
     """Training windows: tokens, masks and segments."""
-    rows: tuple[Rows, list[list[bool]], Rows] = ([], [], [])
-    for _ in range(count):
-        tokens: list[int] = []
-        mask: list[bool] = []
-        segments: list[int] = []
-        number = 0
-        while len(tokens) < length:
-            own_tokens, own_mask = example(task, rng)
-            tokens += own_tokens
-            mask += own_mask
-            segments += [number] * len(own_tokens)
-            number += 1
-        for part, values in zip(rows, (tokens, mask, segments), strict=True):
-            part.append(values[:length])  # type: ignore[arg-type]
-    return rows
+    return pack(lambda: example(task, rng), count, length)
