@@ -21,6 +21,7 @@ from src.checkpoints.files import check_same_data, model_from_checkpoint, read_c
 from src.config import ConfigError, instantiate, to_plain  # noqa: E402
 from src.datamodules.base import StreamDataModule  # noqa: E402
 from src.datamodules.task import TaskDataModule  # noqa: E402
+from src.datamodules.tasks import Task  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
 from src.evaluation.statistics import intervals  # noqa: E402
 from src.reporting.scores import print_scores  # noqa: E402
@@ -41,7 +42,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if not plain.get("data"):
         check_same_data(checkpoint, datamodule.fingerprint(), plain["ckpt_path"])
     else:
-        check_same_vocabulary(instantiate(trained["data"], "data"), datamodule)
+        check_same_vocabulary(trained["data"], datamodule)
     net = model_from_checkpoint(checkpoint)
     if net.vocab_size < datamodule.vocab_size:
         raise ConfigError(f"data: has ids up to {datamodule.vocab_size - 1}, the model knows {net.vocab_size}")
@@ -55,11 +56,17 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def check_same_vocabulary(trained: StreamDataModule, asked: StreamDataModule) -> None:
-    """Raises a ConfigError when the token ids of two synthetic tasks have different meanings."""
-    if not isinstance(trained, TaskDataModule) or not isinstance(asked, TaskDataModule):
+def check_same_vocabulary(trained: dict[str, Any], asked: StreamDataModule) -> None:
+    """Raises a ConfigError when the token ids of two synthetic tasks have different meanings.
+
+    Args:
+        trained: the checkpoint's ``data`` section. Only its task is built: a corpus may not be on this machine.
+        asked: what is to be scored.
+    """
+    if "task" not in trained or not isinstance(asked, TaskDataModule):
         return
-    before, now = ({"task": data.task.name} | data.task.vocabulary() for data in (trained, asked))
+    own: Task = instantiate(trained["task"], "data.task")
+    before, now = ({"task": task.name} | task.vocabulary() for task in (own, asked.task))
     if before != now:
         differs = ", ".join(
             f"{key}: {before.get(key)} and {now.get(key)}" for key in before if before.get(key) != now.get(key)

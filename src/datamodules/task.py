@@ -34,7 +34,7 @@ class TaskWindows:
         """See ``WindowSource.windows``."""
         packed = self.task.windows(self.seed, cast(Split, split), first, count, self.window)
         batch: dict[str, NDArray[Any]] = {"tokens": packed.tokens, "loss_mask": packed.loss_mask}
-        if packed.kinds is not None:
+        if packed.kinds is not None and split != "train":  # only scores ask for them
             batch["kinds"] = packed.kinds
         return batch | {"segments": packed.segments} if self.isolate else batch
 

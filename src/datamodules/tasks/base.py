@@ -33,6 +33,12 @@ class Windows:
     segments: NDArray[np.int32]  # [W, L], number of the example within its window
     kinds: NDArray[np.int8] | None = None  # [W, L], what a token is, for tasks whose score asks for it
 
+    @classmethod
+    def empty(cls, count: int, length: int) -> Windows:
+        """Room for ``count`` windows of ``length`` tokens, without kinds, to be filled in."""
+        shape = (count, length)
+        return cls(np.empty(shape, np.int64), np.empty(shape, np.bool_), np.empty(shape, np.int32))
+
 
 @dataclass(frozen=True)
 class Examples:

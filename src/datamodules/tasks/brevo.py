@@ -291,9 +291,8 @@ class Brevo(Task):
 
     def example(self, seed: int, split: Split, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """See ``Task.example``."""
-        tokens = np.empty(
-            self.max_length + 16, dtype=np.int64
-        )  # a word is at most 16 tokens, the last one's surplus included
+        # Words are written with their whole rows: the last one's surplus needs room.
+        tokens = np.empty(self.max_length + self.word_length[1], dtype=np.int64)
         mask = np.empty(self.max_length, dtype=np.bool_)
         size = write_example(self._params(split), stream_key(self.name, seed, split), index, tokens, mask)
         return tokens[:size].copy(), mask[:size].copy()
@@ -309,11 +308,9 @@ class Brevo(Task):
         """See ``Task.windows``."""
         params = self._params(split)
         per_window = self.examples_per_window(split, length)
-        tokens = np.empty((count, length), dtype=np.int64)
-        mask = np.empty((count, length), dtype=np.bool_)
-        segments = np.empty((count, length), dtype=np.int32)
-        fill(params, stream_key(self.name, seed, split), first, per_window, self.max_length, tokens, mask, segments)
-        return Windows(tokens, mask, segments)
+        found, key = Windows.empty(count, length), stream_key(self.name, seed, split)
+        fill(params, key, first, per_window, self.max_length, found.tokens, found.loss_mask, found.segments)
+        return found
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 

@@ -117,12 +117,10 @@ class Copy(Task):
         """See ``Task.windows``."""
         check_split(split)
         per_window = self.examples_per_window(split, length)
-        tokens = np.empty((count, length), dtype=np.int64)
-        mask = np.empty((count, length), dtype=np.bool_)
-        segments = np.empty((count, length), dtype=np.int32)
+        found = Windows.empty(count, length)
         key = stream_key(self.name, seed, split)
-        _fill(self.N, self.size, self.distinct, key, first, per_window, tokens, mask, segments)
-        return Windows(tokens, mask, segments)
+        _fill(self.N, self.size, self.distinct, key, first, per_window, found.tokens, found.loss_mask, found.segments)
+        return found
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 

@@ -202,11 +202,9 @@ class Mano(Task):
         """See ``Task.windows``."""
         params = self._params(split)
         per_window = self.examples_per_window(split, length)
-        tokens = np.empty((count, length), dtype=np.int64)
-        mask = np.empty((count, length), dtype=np.bool_)
-        segments = np.empty((count, length), dtype=np.int32)
-        _fill(params, stream_key(self.name, seed, split), first, per_window, self.max_length, tokens, mask, segments)
-        return Windows(tokens, mask, segments)
+        found, key = Windows.empty(count, length), stream_key(self.name, seed, split)
+        _fill(params, key, first, per_window, self.max_length, found.tokens, found.loss_mask, found.segments)
+        return found
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 

@@ -132,11 +132,9 @@ class MQAR(Task):
         per_window = self.examples_per_window(split, length)
         cumulative = np.cumsum(self.place_probabilities)
         params = _Params(self.num_pairs, self.length, self.vocabulary, cumulative, self.random_fill)
-        tokens = np.empty((count, length), dtype=np.int64)
-        mask = np.empty((count, length), dtype=np.bool_)
-        segments = np.empty((count, length), dtype=np.int32)
-        _fill(params, stream_key(self.name, seed, split), first, per_window, tokens, mask, segments)
-        return Windows(tokens, mask, segments)
+        found, key = Windows.empty(count, length), stream_key(self.name, seed, split)
+        _fill(params, key, first, per_window, found.tokens, found.loss_mask, found.segments)
+        return found
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
