@@ -97,6 +97,7 @@ class Backbone(nn.Module):
         segments: Tensor | None = None,
         state: list[State] | None = None,
         select: Tensor | None = None,
+        head: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
         """Predicts the token after each position.
 
@@ -106,9 +107,11 @@ class Backbone(nn.Module):
             state: ``initial_state()`` to begin decoding, or what the previous call returned.
             select: ``[B, T]`` bool; logits only at these N positions, ``[N, V]`` (a head over 10,000 words is most of
                 a small model's work, and synthetic tasks score a few tokens of a window).
+            head: what to make of the last features ``[..., dim]`` and the head's weight ``[V, dim]`` in place of logits, such
+                as a loss that never holds all logits at once.
 
         Returns:
-            Logits ``[B, T, V]`` (or ``[N, V]``), and the new state if one was given.
+            Logits ``[B, T, V]`` (or ``[N, V]``, or what ``head`` returned), and the new state if one was given.
         """
         h = self.embedding(ids)
         new_state: list[State] | None = None if state is None else []
@@ -118,7 +121,8 @@ class Backbone(nn.Module):
                 new_state.append(block_state)
         if select is not None:
             h = h[select]
-        logits = self.head(self.norm(h))
+        h = self.norm(h)
+        logits = self.head(h) if head is None else head(h, self.head.weight)
         return logits if new_state is None else (logits, new_state)
 
     def initial_state(self) -> list[State]:
