@@ -24,6 +24,9 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 # `${repository:}` in YAML: the folder that holds configs/ and src/.
 OmegaConf.register_new_resolver("repository", lambda: str(CONFIG_DIR.parent), replace=True)
 
+# `${times:2,${size.depth}}` in YAML: a product of whole numbers.
+OmegaConf.register_new_resolver("times", lambda a, b: int(a) * int(b), replace=True)
+
 
 def compose_config(overrides: list[str] | None = None, config_name: str = "train") -> DictConfig:
     """Composes ``configs/<config_name>.yaml`` with Hydra overrides, outside or inside a running Hydra job."""

@@ -17,6 +17,7 @@ GROUPS = [
     "data",
     "model",
     "size",
+    "family",
     "position",
     "optimizer",
     "scheduler",
@@ -92,7 +93,8 @@ def test_every_trainer_and_its_callbacks_build(choice, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("group", "choice"), [(g, c) for g, c in CHOICES if g in ("optimizer", "scheduler", "model", "size", "position")]
+    ("group", "choice"),
+    [(g, c) for g, c in CHOICES if g in ("optimizer", "scheduler", "model", "size", "family", "position")],
 )
 def test_every_part_of_a_model_and_its_training_builds(group, choice, tmp_path):
     """``checked`` builds the model on the meta device, its optimizer, loss and schedule."""

@@ -8,8 +8,7 @@ import torch
 
 from src.build import CONFIG_DIR, build_model
 from src.components.canon import Canon
-from src.datamodules.tasks import Generation
-from src.evaluation.generation import generate
+from src.components.generation import Sampling, generate
 from src.run import run
 from tests.runs import TINY, compose_run, results, tiny_run
 
@@ -70,7 +69,7 @@ def test_what_is_written_is_what_the_cpu_writes(canon):
         for parameter in net.parameters():
             parameter.mul_(2.0)  # clear choices, which rounding does not turn
     prompts = [np.arange(1, n) for n in (3, 9, 2, 6)]
-    settings = Generation(stop=0, max_new_tokens=16)
+    settings = Sampling(stop=0, max_new_tokens=16)
     expected = generate(net, prompts, settings)
     found = generate(net.cuda(), prompts, settings)
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -99,7 +99,7 @@ def check_same_model(checkpoint: dict[str, Any], model_config: dict[str, Any], p
         f"ckpt_path={path} holds another model than this run builds",
         _flatten(model_config, "model"),
         _flatten(checkpoint["config"]["model"], "model"),
-        lambda key: key in ("model.seed", "model.canon.backend", "model.canon.init") or ".initialization." in key,
+        lambda key: key in ("model.seed", "model.canon.init") or key.endswith(".backend") or ".initialization." in key,
     )
 
 
@@ -118,7 +118,7 @@ def check_same_recipe(checkpoint: dict[str, Any], plain: dict[str, Any], path: s
     sections = ("optimizer", "scheduler", "loss", "data")
     ours = _flatten({name: plain[name] for name in sections})
     theirs = _flatten({name: checkpoint["config"][name] for name in sections})
-    free = {"scheduler.total_steps", "optimizer.fused", "data.num_workers", "data.cache_dir", "data.path"}
+    free = {"scheduler.total_steps", "optimizer.fused", "loss.fused", "data.num_workers", "data.cache_dir", "data.path"}
     free |= {"data.eval_batch_size", "data.val_windows", "data.test_windows"}
     what = f"ckpt_path={path} was trained with other settings than this run has"
     _refuse_differences(what, ours, theirs, free.__contains__)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from src.components.block import Block
+from src.components.cache import Cache
 from src.components.canon import CanonConfig
 from src.components.feedforward import FeedForward
 from src.components.initialization import Initialization, Initializer
@@ -83,7 +84,7 @@ class Backbone(nn.Module):
     def init_weights(self) -> None:
         """(Re)initialises every parameter; does nothing to those on the meta device."""
         init = Initializer(self, self.seed, self.initialization, self.dim, self.depth)
-        init.matrix(self.embedding.weight, self.dim)
+        init.embedding(self.embedding.weight, self.dim)
         if not self.tie_embeddings:
             init.matrix(self.head.weight, self.dim)
         for module in self.modules():
@@ -95,7 +96,7 @@ class Backbone(nn.Module):
         ids: Tensor,
         *,
         segments: Tensor | None = None,
-        state: list[State] | None = None,
+        state: Cache | None = None,
         select: Tensor | None = None,
         head: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
@@ -103,7 +104,8 @@ class Backbone(nn.Module):
 
         Args:
             ids: ``[B, T]`` int64.
-            segments: ``[B, T]`` document numbers; nothing passes from one document to another.
+            segments: ``[B, T]`` document numbers; nothing passes from one document to another. Negative numbers mark padding, whose
+                logits mean nothing. None: one document, number 0, without padding.
             state: ``initial_state()`` to begin decoding, or what the previous call returned.
             select: ``[B, T]`` bool; logits only at these N positions, ``[N, V]`` (a head over 10,000 words is most of
                 a small model's work, and synthetic tasks score a few tokens of a window).
@@ -112,22 +114,26 @@ class Backbone(nn.Module):
 
         Returns:
             Logits ``[B, T, V]`` (or ``[N, V]``, or what ``head`` returned), and the new state if one was given.
+
+        Raises:
+            ValueError: when the state belongs to another model, or to another number of rows.
         """
+        if state is not None:
+            state.check(self.depth, ids.shape[0])
         h = self.embedding(ids)
-        new_state: list[State] | None = None if state is None else []
+        new_states: list[State] = []
         for layer, block in enumerate(self.blocks):
             h, block_state = block(h, segments, None if state is None else state[layer])
-            if new_state is not None:
-                new_state.append(block_state)
+            new_states.append(block_state)
         if select is not None:
             h = h[select]
         h = self.norm(h)
         logits = self.head(h) if head is None else head(h, self.head.weight)
-        return logits if new_state is None else (logits, new_state)
+        return logits if state is None else (logits, state.advanced(new_states, ids.shape[1], segments))
 
-    def initial_state(self) -> list[State]:
-        """The state before the first token, one entry a block."""
-        return [{} for _ in self.blocks]
+    def initial_state(self) -> Cache:
+        """The state before the first token."""
+        return Cache([{} for _ in self.blocks])
 
     def compile_blocks(self, **options: Any) -> None:
         """Compiles every block in place (parameter names stay as they are)."""

@@ -78,4 +78,4 @@ class Block(nn.Module):
 
 
 def _part(state: State | None, name: str) -> State | None:
-    return None if state is None else state.get(name, {})
+    return None if state is None else state.get(name) or {}

@@ -4,23 +4,24 @@ A parameter's values depend on nothing but the seed and its own name and shape. 
 component (say, with and without Canon layers) therefore start from *identical* values wherever they share a parameter,
 and building on the meta device first gives the same weights as building directly.
 
-Two schemes, after the two trees of the official release:
+Three schemes, as the official release starts its families:
 
-``fan_in``   truncated normal, std = width^-1/2, cut at three standard deviations (training tree)
-``normal``   N(0, 0.02^2) for every matrix and embedding (Hugging Face tree)
+``fan_in``   truncated normal, std = width^-1/2, cut at three standard deviations (Llama, training tree)
+``normal``   N(0, 0.02^2) for every matrix and embedding (GLA5, GDN2, and the Hugging Face tree of Llama)
+``uniform``  U(-1/sqrt(n), 1/sqrt(n)) for a matrix with n inputs, PyTorch's default (Mamba2)
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Scheme = Literal["fan_in", "normal"]
+Scheme = Literal["fan_in", "normal", "uniform"]
 DepthScaling = Literal["disabled", "current_depth", "global_depth", "dim_ratio"]
 
 
@@ -29,26 +30,29 @@ class Initialization:
     """How matrices and embeddings start. Canon layers and other special parameters look after themselves.
 
     Args:
-        scheme: ``fan_in`` or ``normal`` (see the head of this file).
+        scheme: ``fan_in``, ``normal`` or ``uniform`` (see the head of this file).
         std: overrides the scheme's standard deviation. ``normal`` takes 0.02 when it is None.
+        embedding_std: the embedding starts as N(0, embedding_std^2); None: as the matrices do.
         depth_scaling: divides the std of the two matrices that write into the residual stream by
             sqrt(2 (layer + 1)) ``current_depth``, sqrt(2 (depth + 1)) ``global_depth`` or dim / 4096 ``dim_ratio``.
     """
 
     scheme: Scheme = "fan_in"
     std: float | None = None
+    embedding_std: float | None = None
     depth_scaling: DepthScaling = "disabled"
 
     def __post_init__(self) -> None:
-        if self.scheme not in ("fan_in", "normal"):
-            raise ValueError(f"initialization.scheme={self.scheme!r}: choose 'fan_in' or 'normal'")
+        if self.scheme not in ("fan_in", "normal", "uniform"):
+            raise ValueError(f"initialization.scheme={self.scheme!r}: choose 'fan_in', 'normal' or 'uniform'")
         if self.depth_scaling not in ("disabled", "current_depth", "global_depth", "dim_ratio"):
             raise ValueError(
                 f"initialization.depth_scaling={self.depth_scaling!r}: choose 'disabled', 'current_depth', "
                 "'global_depth' or 'dim_ratio'"
             )
-        if self.std is not None and self.std <= 0:
-            raise ValueError(f"initialization.std={self.std}: must be positive")
+        for name, std in (("std", self.std), ("embedding_std", self.embedding_std)):
+            if std is not None and std <= 0:
+                raise ValueError(f"initialization.{name}={std}: must be positive")
 
 
 class Initializer:
@@ -80,31 +84,68 @@ class Initializer:
 
         Args:
             weight: the parameter.
-            width: ``fan_in`` uses std = width^-1/2.
+            width: ``fan_in`` uses std = width^-1/2; ``uniform`` reads the number of inputs off the matrix itself.
             residual_layer: index of the block when this matrix writes into the residual stream, else None.
             cut_before_scaling: truncate at three *unscaled* standard deviations (the release does so for the
                 attention's output matrix, and scales the cut of the feed-forward's).
         """
-        if self.config.scheme == "normal":
-            base = 0.02 if self.config.std is None else self.config.std
-            std, cut = base / self._depth_divisor(residual_layer), math.inf
+        base = self._std(weight.shape[1] if self.config.scheme == "uniform" else width)
+        std = base / self._depth_divisor(residual_layer)
+        if self.config.scheme == "uniform":
+            self.uniform(weight, 3**0.5 * std)
+        elif self.config.scheme == "normal":
+            self.normal(weight, std)
         else:
-            base = width**-0.5 if self.config.std is None else self.config.std
-            std = base / self._depth_divisor(residual_layer)
             cut = 3 * (base if cut_before_scaling else std)
-        self._fill(weight, lambda w, g: truncated_normal_(w, std, cut, g))
+            self.fill(weight, lambda w, g: truncated_normal_(w, std, cut, g))
+
+    def embedding(self, weight: Tensor, width: int) -> None:
+        """Initialises an embedding table in place: by ``embedding_std``, or as a matrix."""
+        if self.config.embedding_std is None:
+            self.matrix(weight, width)
+        else:
+            self.normal(weight, self.config.embedding_std)
+
+    def factor(self, weight: Tensor, width: int, rank: int) -> None:
+        """Initialises one of the two factors of a matrix of low rank, in place.
+
+        N(0, s / sqrt(rank)), where s is the standard deviation that the scheme gives a whole matrix of ``width`` inputs; elements
+        of the product of two such factors have standard deviation s. (The release: s = 0.02, hence 0.0707 for rank 16.)
+        """
+        self.normal(weight, self._std(width) ** 0.5 / rank**0.25)
 
     def uniform(self, weight: Tensor, bound: float) -> None:
         """Fills the parameter from U(-bound, bound), in place."""
-        self._fill(weight, lambda w, g: w.uniform_(-bound, bound, generator=g))
+        self.fill(weight, lambda w, g: w.uniform_(-bound, bound, generator=g))
 
     def normal(self, weight: Tensor, std: float) -> None:
         """Fills the parameter from N(0, std^2), in place."""
-        self._fill(weight, lambda w, g: w.normal_(0.0, std, generator=g))
+        self.fill(weight, lambda w, g: w.normal_(0.0, std, generator=g))
 
     def constant(self, weight: Tensor, value: float) -> None:
         """Fills the parameter with one value, in place."""
-        self._fill(weight, lambda w, _: w.fill_(value))
+        self.fill(weight, lambda w, _: w.fill_(value))
+
+    def fill(self, parameter: Tensor, draw: Callable[[Tensor, torch.Generator], object]) -> None:
+        """Fills the parameter in place by a function of its own.
+
+        Args:
+            parameter: of the model; nothing happens on the meta device.
+            draw: called with an empty float32 CPU tensor of the parameter's shape, to be filled in place, and the random stream
+                that belongs to the parameter.
+        """
+        if parameter.is_meta:
+            return
+        with torch.no_grad():
+            # Drawn on the CPU in float32, so that the values do not depend on the device or the dtype.
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            draw(values, self.generator(parameter))
+            parameter.copy_(values)
+
+    def _std(self, width: int) -> float:
+        if self.config.std is not None:
+            return self.config.std
+        return {"normal": 0.02, "fan_in": width**-0.5, "uniform": (3 * width) ** -0.5}[self.config.scheme]
 
     def _depth_divisor(self, layer: int | None) -> float:
         if layer is None or self.config.depth_scaling == "disabled":
@@ -115,18 +156,7 @@ class Initializer:
             "dim_ratio": self.dim / 4096,
         }[self.config.depth_scaling]
 
-    def _fill(self, parameter: Tensor, fill) -> None:
-        if parameter.is_meta:
-            return
-        with torch.no_grad():
-            # Drawn on the CPU in float32, so that the values do not depend on the device or the dtype.
-            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            fill(values, self.generator(parameter))
-            parameter.copy_(values)
-
 
 def truncated_normal_(values: Tensor, std: float, cut: float, generator: torch.Generator) -> Tensor:
-    """Draws N(0, std^2) conditioned on |value| <= cut, in place (cut may be infinite)."""
-    if math.isinf(cut):
-        return values.normal_(0.0, std, generator=generator)
+    """Draws N(0, std^2) conditioned on |value| <= cut, in place."""
     return nn.init.trunc_normal_(values, 0.0, std, -cut, cut, generator=generator)

@@ -8,16 +8,22 @@
     NoPE        nothing: order enters through the causal mask alone
 
 Every class here is a small frozen description without parameters; attention asks it to rotate queries and keys and for
-a bias on the scores. Shapes: B batch, T queries, S keys, H heads, D head width.
+a bias on the scores. All of them are relative: only differences of positions matter. Shapes: B batch, T queries, S keys, H heads,
+D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+# Distances i - j [..., T, S] -> what is added to the scores [..., H, T, S].
+Bias = Callable[[Tensor], Tensor]
 
 
 class NoPE:
@@ -26,12 +32,16 @@ class NoPE:
     def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """Raises a ValueError when this scheme cannot serve heads of that number and width."""
 
-    def rotate(self, q: Tensor, k: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """Transforms q ``[B, T, H, D]`` and k ``[B, T, H_kv, D]`` at positions offset, offset + 1, ..."""
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Transforms q ``[B, T, H, D]`` and k ``[B, T, H_kv, D]`` at integer positions ``[T]``, or ``[B, T]`` if rows differ."""
         return q, k
 
-    def bias(self, num_heads: int, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
-        """What to add to the scores ``[H, T, S]`` (-inf where nothing may be seen), or None."""
+    def bias(self, num_heads: int) -> Bias | None:
+        """What to add to the scores, as a function of distances i - j, or None.
+
+        The function maps integers ``[..., T, S]`` to ``[..., H, T, S]``, -inf where a head may not look; distance 0 is never hidden.
+        Attention calls it on the pieces that it works on, so that nothing as large as T times S need exist.
+        """
         return None
 
 
@@ -64,27 +74,27 @@ class RoPE(NoPE):
 
     def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """The rotated shares must come out as whole heads and an even number of dimensions."""
-        width = self.dims * head_dim
-        if width != int(width) or int(width) % 2:
+        width = self.dims * head_dim  # 30/88 of 88 is not quite 30
+        if abs(width - round(width)) > 1e-6 or round(width) % 2:
             raise ValueError(f"position.dims={self.dims} of head_dim={head_dim} is {width:g}: must be an even number")
         for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
             if self.heads * count != int(self.heads * count):
                 raise ValueError(f"position.heads={self.heads} of {name}={count} is not a whole number of heads")
 
-    def rotate(self, q: Tensor, k: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotates the chosen part of q and k, in float32, and casts back."""
-        r = int(self.dims * q.shape[-1])
+        r = round(self.dims * q.shape[-1])
         # In float32 the angle of position 16,000 is off by 1e-3; Apple's GPUs know nothing better.
         precise = torch.float32 if q.device.type == "mps" else torch.float64
         frequency = self.theta ** (-torch.arange(0, r, 2, device=q.device, dtype=precise) / r)
-        angle = torch.outer(torch.arange(offset, offset + q.shape[1], device=q.device, dtype=precise), frequency)
-        cos_tr, sin_tr = angle.cos(), angle.sin()  # [T, r/2]
-        return self._rotate(q, cos_tr, sin_tr, r), self._rotate(k, cos_tr, sin_tr, r)
+        angle = positions.to(precise)[..., None] * frequency
+        cos, sin = angle.cos(), angle.sin()  # [T, r/2] or [B, T, r/2]
+        return self._rotate(q, cos, sin, r), self._rotate(k, cos, sin, r)
 
-    def _rotate(self, x: Tensor, cos_tr: Tensor, sin_tr: Tensor, r: int) -> Tensor:
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor, r: int) -> Tensor:
         rotating_heads = int(self.heads * x.shape[2])
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = cos_tr.to(dtype)[:, None, :], sin_tr.to(dtype)[:, None, :]  # [T, 1, r/2]
+        cos, sin = cos.to(dtype)[..., None, :], sin.to(dtype)[..., None, :]  # [T, 1, r/2] or [B, T, 1, r/2]
         part = x[:, :, :rotating_heads, :r].to(dtype)
         if self.pairing == "adjacent":
             a, b = part[..., 0::2], part[..., 1::2]
@@ -104,10 +114,9 @@ class RoPE(NoPE):
 class ALiBi(NoPE):
     """Attention with linear biases; slope of head h = 1..H is 2^(-8h/H)."""
 
-    def bias(self, num_heads: int, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        """-slope * distance, ``[H, T, S]``; the queries are the last T of the S positions."""
-        slope_h = 2.0 ** (-8.0 * torch.arange(1, num_heads + 1, device=device) / num_heads)
-        return -slope_h[:, None, None] * distances(num_queries, num_keys, device)
+    def bias(self, num_heads: int) -> Bias:
+        """-slope * distance."""
+        return partial(_linear, num_heads)
 
 
 @dataclass(frozen=True)
@@ -119,15 +128,17 @@ class HardALiBi(NoPE):
         if num_heads % 2:
             raise ValueError(f"position=hard_alibi needs an even number of heads, got num_heads={num_heads}")
 
-    def bias(self, num_heads: int, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        """0 where a head may look, -inf elsewhere, ``[H, T, S]``."""
-        window_h = torch.arange(1, num_heads + 1, device=device)
-        window_h = torch.where(window_h <= num_heads // 2, window_h, num_keys)
-        hidden = distances(num_queries, num_keys, device) >= window_h[:, None, None]
-        return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
+    def bias(self, num_heads: int) -> Bias:
+        """0 where a head may look, -inf elsewhere."""
+        return partial(_nearest, num_heads)
 
 
-def distances(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """i - j for query i and key j, ``[T, S]``; the queries are the last T of the S positions."""
-    i = torch.arange(num_keys - num_queries, num_keys, device=device)
-    return i[:, None] - torch.arange(num_keys, device=device)
+def _linear(num_heads: int, distance: Tensor) -> Tensor:
+    slope_h = 2.0 ** (-8.0 * torch.arange(1, num_heads + 1, device=distance.device) / num_heads)
+    return -slope_h[:, None, None] * distance.unsqueeze(-3)
+
+
+def _nearest(num_heads: int, distance: Tensor) -> Tensor:
+    head_h = torch.arange(1, num_heads + 1, device=distance.device)[:, None, None]
+    hidden = (head_h <= num_heads // 2) & (distance.unsqueeze(-3) >= head_h)
+    return torch.zeros(hidden.shape, device=distance.device).masked_fill_(hidden, -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import cast
 
 import numpy as np
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from src.components.backbone import Backbone
+from src.components.generation import Sampling, generate
 from src.datamodules.tasks.base import SPLITS, Score, Split, Task
 from src.datamodules.tasks.capo import NAME, Capo, ceiling_bits, learned_bits
 from src.datamodules.tasks.lano import Lano, entropy, kl_divergence
 from src.evaluation.evaluators import Evaluator
-from src.evaluation.generation import generate
 
 
 def task_evaluator(task: Task, seed: int, split: str, written: int, batch_size: int) -> TaskEvaluator:
@@ -61,9 +62,9 @@ class TaskEvaluator(Evaluator):
 
     def examine(self, net: Backbone, count: bool = True) -> None:
         """See ``Evaluator.examine``."""
-        settings = self.task.generation
-        if settings is None:
+        if self.task.generation is None:
             return
+        settings = Sampling(**dataclasses.asdict(self.task.generation))
         for first in range(0, self.written, self.batch_size):
             indices = range(first, min(first + self.batch_size, self.written))
             examples = [self.task.example(self.seed, self.split, index)[0] for index in indices]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -28,8 +29,14 @@ class LanguageModel(L.LightningModule):
     """Trains and scores a Backbone.
 
     The training loss is the mean over all targets of the *global* batch, whatever number of ranks and micro-batches it is cut
-    into. Logged every ``log_every_n_steps``: ``train/loss``, ``train/token_accuracy``, ``train/grad_norm`` (before clipping)
-    and ``train/lr``; on evaluation windows, all that the data's evaluator computes, under ``val/`` and ``test/``.
+    into. Logged every ``log_every_n_steps``: ``train/loss``, ``train/token_accuracy`` (unless a fused loss cannot tell it),
+    ``train/grad_norm`` (before clipping) and ``train/lr``; on evaluation windows, all that the data's evaluator computes, under
+    ``val/`` and ``test/``.
+
+    Modules of the net with an ``auxiliary_loss`` (mixtures of experts) have it added to what is minimised, not to
+    ``train/loss``, and their ``statistics`` logged as ``train/<name>``, the mean over these modules. An auxiliary loss
+    describes one micro-batch and is no sum over tokens: unlike the loss it is averaged over ranks and micro-batches, so that
+    cutting the global batch otherwise changes it a little.
 
     Args:
         net: the model.
@@ -61,7 +68,8 @@ class LanguageModel(L.LightningModule):
         # Right and total answers of the latest evaluation, by metric: what intervals are made of.
         self.counts: dict[str, tuple[int, int]] = {}
         self._configured = False
-        self._step_sums: list[Tensor] = []
+        self._step_metrics: list[dict[str, Tensor]] = []
+        self._routed: list[Any] = [module for module in net.modules() if hasattr(module, "auxiliary_loss")]
 
     # ---- assembly --------------------------------------------------------------------------------------------------
 
@@ -98,28 +106,46 @@ class LanguageModel(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the mean over ranks and micro-batches is the mean over all targets."""
-        logits, targets = self._predict(batch)
-        loss, _ = self.loss(logits, targets)
+        loss, right = self._summed_loss(batch)
         everyone = self.trainer.world_size * self.trainer.accumulate_grad_batches
         count = batch["step_targets"].to(loss.dtype)
         if self.trainer.world_size > 1:
             count = self.trainer.strategy.reduce(count, reduce_op="sum")  # type: ignore[assignment]
         # A step without any target (windows shorter than a question) has loss 0, not NaN.
-        mean = loss.sum() * everyone / count.clamp(min=1)
-        with torch.no_grad():
-            right = (logits.argmax(dim=-1) == targets).sum() * everyone / count.clamp(min=1)
-            self._step_sums.append(torch.stack((mean.detach(), right.to(mean.dtype))))
+        mean = loss * everyone / count.clamp(min=1)
+        metrics = {"loss": mean.detach()}
+        if right is not None:
+            metrics["token_accuracy"] = (right * everyone / count.clamp(min=1)).to(mean.dtype)
+        for module in self._routed:
+            if module.auxiliary_loss is not None:
+                mean = mean + module.auxiliary_loss
+            for name, value in module.statistics.items():
+                metrics[name] = metrics.get(name, 0) + value.to(mean.dtype) / len(self._routed)
+            module.auxiliary_loss = None  # it holds the graph of this step
+        self._step_metrics.append(metrics)
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self._log_step()
         return mean
 
+    def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Loss and number of right predictions, summed over the targets of a micro-batch."""
+        targets, options = self._targets(batch)
+        if self.loss.is_fused(targets.numel(), self.net.vocab_size, targets.device):
+            return self.net(**options, head=partial(self.loss.of_features, targets=targets))
+        logits = self.net(**options)
+        loss, _ = self.loss(logits, targets)
+        with torch.no_grad():
+            right = (logits.argmax(dim=-1) == targets).sum()
+        return loss.sum(), right
+
     def _log_step(self) -> None:
         """Logs the optimizer step whose last micro-batch has just been read, if it is one to be logged."""
-        loss, accuracy = torch.stack(self._step_sums).mean(dim=0)
-        self._step_sums.clear()
+        names = list(self._step_metrics[0])
+        values = torch.stack([torch.stack([metrics[name] for name in names]) for metrics in self._step_metrics])
+        self._step_metrics.clear()
         if is_log_step(self.trainer, self.trainer.global_step + 1):
-            self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-            self.log("train/token_accuracy", accuracy, prog_bar=True, sync_dist=True)
+            for name, value in zip(names, values.mean(dim=0), strict=True):
+                self.log(f"train/{name}", value, prog_bar=name in ("loss", "token_accuracy"), sync_dist=True)
 
     def configure_gradient_clipping(
         self,
@@ -155,7 +181,8 @@ class LanguageModel(L.LightningModule):
         self._log_evaluation("test")
 
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
-        logits, targets = self._predict(batch)
+        targets, options = self._targets(batch)
+        logits = self.net(**options)
         if targets.numel():
             _, nll = self.loss(logits, targets)
             self._evaluator(split).update(batch, logits, nll)
@@ -176,12 +203,12 @@ class LanguageModel(L.LightningModule):
         assert isinstance(evaluator, Evaluator)
         return evaluator
 
-    def _predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits ``[N, V]`` and targets ``[N]`` where the loss mask says that a token is to be predicted."""
+    def _targets(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Targets ``[N]`` where the loss mask says that a token is to be predicted, and how to call the net for them."""
         tokens, segments = batch["tokens"], batch.get("segments")
         is_target = batch["loss_mask"][:, 1:]
-        logits = self.net(tokens[:, :-1], segments=None if segments is None else segments[:, :-1], select=is_target)
-        return logits, tokens[:, 1:][is_target]
+        before = None if segments is None else segments[:, :-1]
+        return tokens[:, 1:][is_target], {"ids": tokens[:, :-1], "segments": before, "select": is_target}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,22 +24,21 @@ class Variant:
 
 
 def print_table(variants: list[Variant], chance: dict[str, float]) -> None:
-    """One row a test metric, one column a variant, and the chance level where there is one."""
-    table = Table(title="test set")
-    table.add_column("metric")
-    for variant in variants:
-        table.add_column(variant.name, justify="right")
+    """Test metrics of every variant, and the chance levels where there are any: the longer list makes the rows."""
+    metrics = [name.removeprefix("test/") for name in variants[0].test_metrics if name.startswith("test/")]
+    columns = {v.name: {m: v.test_metrics.get(f"test/{m}") for m in metrics} for v in variants}
     if chance:
-        table.add_column("chance", justify="right")
-    for metric in variants[0].test_metrics:
-        if metric.startswith("test/"):
-            own = metric.removeprefix("test/")
-            row = [f"{variant.test_metrics.get(metric, float('nan')):.3f}" for variant in variants]
-            table.add_row(
-                own,
-                *row,
-                *([f"{chance[own]:.3f}" if own in chance else ""] if chance else []),
-            )
+        columns["chance"] = dict(chance)
+    names = list(columns)
+    if len(names) <= max(4, len(metrics)):
+        heading, rows = ["metric", *names], [(m, [columns[name].get(m) for name in names]) for m in metrics]
+    else:
+        heading, rows = ["", *metrics], [(name, [columns[name].get(m) for m in metrics]) for name in names]
+    table = Table(title="test set")
+    for i, text in enumerate(heading):
+        table.add_column(text, justify="right" if i else "left")
+    for text, values in rows:
+        table.add_row(text, *("" if value is None else f"{value:.3f}" for value in values))
     Console().print(table)
 
 
@@ -75,9 +75,11 @@ def draw(variants: list[Variant], path: Path, title: str, chance: float | None =
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     loss_axes, metric_axes = figure.subplots(1, 2)
-    for variant in variants:
-        loss_axes.plot(*read_curve(variant.folder, "train/loss"), label=variant.name, linewidth=1.2)
-        metric_axes.plot(*read_curve(variant.folder, shown), label=variant.name, marker="o", markersize=3)
+    for i, variant in enumerate(variants):
+        # Ten colours, and then the same ones dashed.
+        style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "label": variant.name}
+        loss_axes.plot(*read_curve(variant.folder, "train/loss"), linewidth=1.2, **style)
+        metric_axes.plot(*read_curve(variant.folder, shown), marker="o", markersize=3, **style)
     loss_axes.set(xlabel="optimizer step", ylabel="training loss (nats per target)", title="training")
     metric_axes.set(xlabel="optimizer step", ylabel=shown.removeprefix("val/").replace("_", " "), title="validation")
     if shown == "val/accuracy":
@@ -87,7 +89,7 @@ def draw(variants: list[Variant], path: Path, title: str, chance: float | None =
     for axes in (loss_axes, metric_axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+    metric_axes.legend(frameon=False, fontsize="small" if len(variants) > 4 else None)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

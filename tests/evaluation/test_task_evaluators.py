@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from src.build import build_model
+from src.components.cache import Cache
 from src.datamodules.task import TaskDataModule
 from src.datamodules.tasks import Brevo, Capo, Depo, Lano, Mano
 from src.datamodules.tasks.capo import ceiling_bits
@@ -42,20 +43,21 @@ class Oracle(nn.Module):
         self.batches = 0
 
     def initial_state(self):
-        return {"texts": None}
+        return Cache([{}])
 
     def forward(self, ids, *, segments, state, select):
-        if state["texts"] is None:
+        if not state[0]:
             self.batches += 1
-            prompts = [tuple(row[keep].tolist()) for row, keep in zip(ids, segments >= 0, strict=True)]
+            real = torch.ones_like(ids) > 0 if segments is None else segments >= 0
+            prompts = [tuple(row[keep].tolist()) for row, keep in zip(ids, real, strict=True)]
             longest = max(map(len, self.answers.values()))
             texts = torch.tensor([[*self.answers[p], *[0] * (longest - len(self.answers[p]))] for p in prompts])
             position = torch.zeros(len(texts), dtype=torch.long)
         else:
-            texts, position = state["texts"], state["position"]
+            texts, position = state[0]["texts"], state[0]["position"]
         rows = torch.arange(len(texts))
         logits = certain(texts[rows, position.clamp(max=texts.shape[1] - 1)], self.vocab_size)
-        return logits, {"texts": texts, "position": position + 1}
+        return logits, Cache([{"texts": texts, "position": position + 1}])
 
 
 def answers_of(task, count, change=lambda text: text):

@@ -31,7 +31,34 @@ def test_bf16_logits_are_scored_in_float32():
     torch.testing.assert_close(loss, F.cross_entropy(LOGITS.bfloat16().float(), TARGETS, reduction="none"))
 
 
-@pytest.mark.parametrize("options", [{"z_loss": -1.0}, {"z_loss_kind": "square"}])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"z_loss": 0.1, "z_loss_kind": "nll_squared"}])
+@pytest.mark.parametrize("fused", ["auto", True, "torch", "full"])
+def test_of_features_is_the_sum(options, fused):
+    loss = NextTokenLoss(fused=fused, **options)
+    h, weight = torch.randn(6, 4), torch.randn(9, 4)
+    expected, _ = loss(h @ weight.T, TARGETS)
+    found, right = loss.of_features(h, weight, TARGETS)
+    torch.testing.assert_close(found, expected.sum())
+    assert right == ((h @ weight.T).argmax(dim=-1) == TARGETS).sum()
+
+
+@pytest.mark.parametrize(
+    ("fused", "cpu", "gpu"),
+    [
+        ("auto", [False, False, True], [False, True, True]),
+        (True, [True] * 3, [True] * 3),
+        ("torch", [True] * 3, [True] * 3),
+        (False, [False] * 3, [False] * 3),
+    ],
+)
+def test_when_the_loss_is_fused(fused, cpu, gpu):
+    """2^24 logits of a small vocabulary; a few logits of a large one; one logit more than 2^24."""
+    loss, sizes = NextTokenLoss(fused=fused), [(2**16, 2**8), (1, 2**14), (2**24 + 1, 1)]
+    assert [loss.is_fused(n, v, torch.device("cpu")) for n, v in sizes] == cpu
+    assert [loss.is_fused(n, v, torch.device("cuda")) for n, v in sizes] == gpu
+
+
+@pytest.mark.parametrize("options", [{"z_loss": -1.0}, {"z_loss_kind": "square"}, {"fused": "fast"}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         NextTokenLoss(**options)

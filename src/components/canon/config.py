@@ -2,9 +2,12 @@
 
 x + mixer(A(norm(x)))        A  after the mixer's norm, before all its projections      width d
                              B  on the projected q, k, v together, inside the mixer      mixer's own
-                             b  the architecture's own short convolution, where it has one
+                             b  the architecture's own short convolution, where it has one; without the letter it is left out
 x + feedforward(C(norm(x)))  C  after the feed-forward's norm                           width d
                              D  on gate and up projections, before the activation       width 2 I (I if ungated)
+
+A letter means nothing to a part that lacks the point: attention has no b, a block without a feed-forward neither C nor D. Mixed stacks
+need that ("AbCD" of Gated DeltaNet and attention), so it is no error.
 """
 
 from __future__ import annotations
@@ -24,18 +27,24 @@ POINTS = {
 }
 
 
+SHORT_CONVOLUTION_TAPS = 4
+
+
 @dataclass(frozen=True)
 class CanonConfig:
     """One description of all Canon layers of a model.
 
+    The ``b`` convolutions belong to their architecture and not to this description: of what follows only ``positions`` and ``backend``
+    concern them (see ``short_convolution``).
+
     Args:
         positions: letters out of ``A b B C D`` in any order, ``""`` for none; duplicates are ignored.
         kernel_size: taps, the current token's included.
-        residual: add the input to the convolution's output. The ``b`` convolutions have their own rule.
+        residual: add the input to the convolution's output.
         activation: None, or ``silu`` on the convolution's output (before the residual).
         bias: a zero-initialised bias on the convolution's output.
-        init: ``uniform`` U(-1/sqrt(k), 1/sqrt(k)) (the paper's), ``normal`` N(0, 0.02^2), or ``zeros`` (starts as the
-            identity when residual).
+        init: ``uniform`` U(-1/sqrt(k), 1/sqrt(k)) (the paper's), ``normal`` N(0, 0.02^2), ``zeros`` (the layer starts as the
+            identity when residual), or ``identity`` (it does when not residual).
         trainable: False freezes the weights at their initial values (the paper's "cst-Canon").
         backend: kernel of the convolution; ``auto`` takes the fastest that can run.
     """
@@ -45,7 +54,7 @@ class CanonConfig:
     residual: bool = True
     activation: Literal["silu"] | None = None
     bias: bool = False
-    init: Literal["uniform", "normal", "zeros"] = "uniform"
+    init: Literal["uniform", "normal", "zeros", "identity"] = "uniform"
     trainable: bool = True
     backend: str = "auto"
 
@@ -61,9 +70,12 @@ class CanonConfig:
         check_backend(self.backend)
 
     def at(self, point: str, width: int) -> Canon | None:
-        """The Canon layer of an insertion point, or None where this configuration has none."""
-        if point not in POINTS:
-            raise ValueError(f"no Canon point {point!r}; points are {', '.join(POINTS)}")
+        """The Canon layer of an insertion point other than ``b``, or None where this configuration has none."""
+        points = [letter for letter in POINTS if letter != "b"]
+        if point not in points:
+            raise ValueError(
+                f"no Canon layer at point {point!r}; there are {', '.join(points)}, and short_convolution for b"
+            )
         if point not in self.positions:
             return None
         return Canon(
@@ -74,5 +86,31 @@ class CanonConfig:
             bias=self.bias,
             init=self.init,
             trainable=self.trainable,
+            backend=self.backend,
+        )
+
+    def short_convolution(
+        self,
+        width: int,
+        *,
+        bias: bool = False,
+        init: Literal["uniform", "normal", "zeros", "identity"] = "normal",
+        bias_init: Literal["zeros", "uniform"] = "zeros",
+    ) -> Canon | None:
+        """The mixer's own convolution, point ``b``, or None where this configuration leaves it out.
+
+        Four taps, SiLU and no residual, and always trained: ``kernel_size``, ``residual``, ``activation``, ``bias``, ``init`` and
+        ``trainable`` of this configuration describe Canon layers, as in the release.
+        """
+        if "b" not in self.positions:
+            return None
+        return Canon(
+            width,
+            kernel_size=SHORT_CONVOLUTION_TAPS,
+            residual=False,
+            activation="silu",
+            bias=bias,
+            init=init,
+            bias_init=bias_init,
             backend=self.backend,
         )

@@ -28,10 +28,12 @@ class Canon(nn.Module):
         kernel_size: taps, the current token's included.
         residual: add the input to the convolution's output.
         activation: None or ``silu``, applied to the convolution's output before the residual.
-        bias: a bias on the convolution's output, initially zero.
-        init: ``uniform`` (the paper's), ``normal`` (std 0.02) or ``zeros``.
+        bias: a bias on the convolution's output.
+        init: ``uniform`` (the paper's), ``normal`` (std 0.02), ``zeros``, or ``identity`` (the current token's tap 1, the others 0,
+            so that the convolution passes its input through).
         trainable: False freezes the weights.
         backend: kernel name, see ``src/components/kernels``.
+        bias_init: ``zeros``, or ``uniform`` as the weights (Mamba2's own convolution).
 
     Raises:
         ValueError: for a kernel size below 1, or an activation or init that does not exist.
@@ -44,15 +46,16 @@ class Canon(nn.Module):
         residual: bool = True,
         activation: Literal["silu"] | None = None,
         bias: bool = False,
-        init: Literal["uniform", "normal", "zeros"] = "uniform",
+        init: Literal["uniform", "normal", "zeros", "identity"] = "uniform",
         trainable: bool = True,
         backend: str = "auto",
+        bias_init: Literal["zeros", "uniform"] = "zeros",
     ):
         super().__init__()
         self.check(kernel_size, activation, init)
         self.width, self.kernel_size = width, kernel_size
         self.activation: Literal["silu"] | None = activation
-        self.residual, self.init, self.backend = residual, init, backend
+        self.residual, self.init, self.bias_init, self.backend = residual, init, bias_init, backend
         # Shaped like the weight of a depthwise Conv1d, as in the release.
         self.weight = nn.Parameter(torch.empty(width, 1, kernel_size), requires_grad=trainable)
         self.bias = nn.Parameter(torch.empty(width), requires_grad=trainable) if bias else None
@@ -65,8 +68,8 @@ class Canon(nn.Module):
             raise ValueError(f"canon.kernel_size={kernel_size}: at least 1 (the current token)")
         if activation not in (None, "silu"):
             raise ValueError(f"canon.activation={activation!r}: choose null or silu")
-        if init not in ("uniform", "normal", "zeros"):
-            raise ValueError(f"canon.init={init!r}: choose uniform, normal or zeros")
+        if init not in ("uniform", "normal", "zeros", "identity"):
+            raise ValueError(f"canon.init={init!r}: choose uniform, normal, zeros or identity")
 
     def reset_parameters(self) -> None:
         """Initialises from torch's global random state, for use outside a Backbone."""
@@ -78,9 +81,13 @@ class Canon(nn.Module):
             init.uniform(self.weight, self.kernel_size**-0.5)
         elif self.init == "normal":
             init.normal(self.weight, 0.02)
+        elif self.init == "identity":
+            init.fill(self.weight, lambda w, _: w.zero_()[..., -1].fill_(1.0))
         else:
             init.constant(self.weight, 0.0)
-        if self.bias is not None:
+        if self.bias is not None and self.bias_init == "uniform":
+            init.uniform(self.bias, self.kernel_size**-0.5)
+        elif self.bias is not None:
             init.constant(self.bias, 0.0)
 
     def forward(

@@ -9,29 +9,35 @@ residual, without bias or activation (*Physics of Language Models, Part 4.1*).
 Legend: `B` batch, `T` time, `C` channels, `K` taps.
 
 Documents: with `segments` a tap that falls on a token of another document counts as zero. Tokens with a negative id
-are padding: they count as zero for every tap and for the residual, so that left-padded and unpadded runs agree.
+are padding: they count as zero for every tap and for the residual, so that left-padded and unpadded runs agree. Where
+a state is given too, taps also reach over padding: a document goes on behind it as if it were not there, wherever in
+the calls it stands. Without a state nothing is moved, and padding inside a document counts as tokens that are zero.
 
-Backends: `cpu` (float32 and float64 on the CPU, compiled by Numba, see causal_conv_cpu.py) and `torch`, the twin to
-check against the equation, which runs everywhere, also under torch.compile and torch.func, and can be differentiated
-twice.
+Backends: `fla` and `causal_conv1d` (CUDA, see causal_conv_upstream.py), `cpu` (float32 and float64 on the CPU,
+compiled by Numba, see causal_conv_cpu.py) and `torch`, the twin to check against the equation, which runs everywhere,
+also under torch.compile and torch.func, and can be differentiated twice.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.components.kernels import causal_conv_upstream as upstream
 from src.components.kernels.registry import Operation
 
 _convolve = Operation("causal_conv")
+_convolve.backend("fla", why_not=upstream.why_not_fla)(upstream.fla)
+_convolve.backend("causal_conv1d", why_not=upstream.why_not_causal_conv1d)(upstream.causal_conv1d)
 
 
 class ConvState(NamedTuple):
-    """What a convolution remembers: the last K-1 inputs, oldest first, and the documents that they belong to."""
+    """What a convolution remembers: the last K-1 inputs but for padding, oldest first, and the documents that they belong to."""
 
-    inputs: Tensor  # [B, K-1, C], padding already zero
-    segments: Tensor  # [B, K-1] int64; -1 where there was no token yet
+    inputs: Tensor  # [B, K-1, C], zero where there was no token yet
+    segments: Tensor  # [B, K-1] int64; -1 where there was no token yet, which is in front
 
 
 def causal_conv_state(
@@ -84,22 +90,42 @@ def causal_conv(
         BackendUnavailableError: the backend named cannot run this call.
     """
     _check(x, weight, bias=bias, activation=activation, segments=segments, state=state)
-    # The residual joins the convolution itself unless an activation stands between the two.
-    inside = residual and activation is None
-    y = _convolve(backend, x, weight, bias=bias, residual=inside, segments=segments, state=state)
-    if activation == "silu":
-        y = F.silu(y)
-        if residual:
-            y = y + _without_padding(x, segments)
-    return y.to(x.dtype).contiguous(), None if state is None else _advance(state, x, segments)
+    options = {"bias": bias, "activation": activation, "residual": residual}
+    if state is not None and segments is not None and _may_be_padded(segments):
+        y, new_state = _around_padding(backend, x, weight, segments=segments, state=state, **options)
+    else:
+        y = _convolve(backend, x, weight, segments=segments, state=state, **options)
+        new_state = None if state is None else _advance(state, x, segments)
+    return y.to(x.dtype).contiguous(), new_state
+
+
+def _may_be_padded(segments: Tensor) -> bool:
+    """Whether there is padding; True where the answer would cost waiting for a device, or cannot be had."""
+    if segments.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return bool((segments < 0).any())
+
+
+def _around_padding(
+    backend: str, x: Tensor, weight: Tensor, *, segments: Tensor, state: ConvState, **options: Any
+) -> tuple[Tensor, ConvState]:
+    """Convolves with all padding moved in front of what is remembered and of x, and moves the results back."""
+    (time, channels), keep = x.shape[1:], state.inputs.shape[1]
+    inputs, ids = _extended(x, segments, state)
+    order = (ids >= 0).int().argsort(dim=1, stable=True)
+    inputs, ids = inputs.gather(1, order[..., None].expand(-1, -1, channels)), ids.gather(1, order)
+    y = _convolve(backend, inputs, weight, segments=ids, state=None, **options)
+    y = y.gather(1, order.argsort(dim=1)[:, keep:, None].expand(-1, -1, channels))
+    recent = _without_padding(inputs[:, time:], ids[:, time:]).to(state.inputs.dtype)
+    return y, ConvState(recent, ids[:, time:].clone())
 
 
 def _advance(state: ConvState, x: Tensor, segments: Tensor | None) -> ConvState:
-    """The state after x: its last K-1 tokens, topped up from the old state where x is shorter."""
+    """The state after x, none of it padding: its last K-1 tokens, topped up from the old state where x is shorter."""
     keep = state.inputs.shape[1]
     first = max(0, x.shape[1] - keep)
     ids = x.new_zeros(x.shape[:2], dtype=torch.int64) if segments is None else segments.long()
-    recent = _without_padding(x, segments)[:, first:].to(state.inputs.dtype)
+    recent = x[:, first:].to(state.inputs.dtype)
     added = recent.shape[1]
     return ConvState(
         torch.cat([state.inputs, recent], 1)[:, added:],
@@ -143,7 +169,23 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend {name!r} does not exist; choose auto, {', '.join(_convolve.backends)}")
 
 
+def _then_activated(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a backend of a convolution that knows the residual but no activation."""
+
+    def run(
+        x: Tensor, weight: Tensor, *, activation: str | None, residual: bool, segments: Tensor | None, **rest: Any
+    ) -> Tensor:
+        # The residual joins the convolution itself unless an activation stands between the two.
+        y = convolve(x, weight, residual=residual and activation is None, segments=segments, **rest)
+        if activation is None:
+            return y
+        return F.silu(y) + _without_padding(x, segments) if residual else F.silu(y)
+
+    return run
+
+
 @_convolve.backend("cpu", why_not=_why_not_cpu)
+@_then_activated
 def _cpu(
     x: Tensor, weight: Tensor, *, bias: Tensor | None, residual: bool, segments: Tensor | None, state: ConvState | None
 ) -> Tensor:
@@ -159,6 +201,11 @@ def _cpu(
 
 
 @_convolve.backend("torch")
+@_then_activated
+def _torch(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    return _twin(x, weight, **options)
+
+
 def _twin(
     x: Tensor, weight: Tensor, *, bias: Tensor | None, residual: bool, segments: Tensor | None, state: ConvState | None
 ) -> Tensor:

@@ -12,12 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from src.components.kernels import fla
+from src.components.kernels.chunks import chunk_length, chunked, chunked_heads, decays, forgetting, unchunked_heads
 from src.components.kernels.recurrence import RecurrentState, enter, restart, widest
 from src.components.kernels.registry import Operation
 
 _gated_delta_rule = Operation("gated_delta_rule")
+_gated_delta_rule.backend("fla", why_not=fla.why_not_gated_delta_rule)(fla.gated_delta_rule)
+_gated_delta_rule.backend("fla_kda", why_not=fla.why_not_kda)(fla.kda)
 
 L2NORM_EPS = 1e-6
+CHUNK = 64
 
 
 def gated_delta_rule(
@@ -74,6 +79,56 @@ def unit_length(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + L2NORM_EPS)
 
 
+@_gated_delta_rule.backend("torch")
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float,
+    normalize: bool,
+    runs: Tensor | None,
+    memory: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Chunk by chunk: with L the sums of g along a chunk (chunks.py), which S enters and S' leaves, token j writes k_j u_j^T,
+
+        u_i = beta_i (v_i - exp(L_i) S^T k_i - sum_{j < i} exp(L_i - L_j) (k_i . k_j) u_j)
+
+    A triangular system for the u of a chunk (the UT transform of the paper's section 3.3):
+
+        (I + A) U = diag(beta) (V - diag(exp(L)) K S)        A_ij = beta_i exp(L_i - L_j) (k_i . k_j) for j < i
+        o_i = exp(L_i) S^T q_i + sum_{j <= i} exp(L_i - L_j) (q_i . k_j) u_j
+        S'  = exp(L_C) S + sum_j exp(L_C - L_j) k_j u_j^T
+
+    (I + A)^-1 diag(beta) is solved for in all chunks at once, so that only products go from chunk to chunk.
+    """
+    time = q.shape[1]
+    if time <= 1:
+        options = {"scale": scale, "normalize": normalize, "runs": runs, "memory": memory}
+        return _recurrent(q, k, v, log_decay, beta, **options)
+    dtype, length = widest(q, k, v, log_decay, beta), chunk_length(time, CHUNK)
+    q, k, v, log_decay, beta = (x.to(dtype) for x in (q, k, v, log_decay, beta))
+    q, k = (unit_length(q), unit_length(k)) if normalize else (q, k)
+    within, entering, leaving = decays(chunked(forgetting(log_decay, runs), length).transpose(2, 3))
+    q, k, v, beta = (chunked_heads(x, length) for x in (q * scale, k, v, beta))
+    # The solver takes the diagonal of A to be 1 and does not look at it, nor above it.
+    A = (beta[..., None] * k) @ k.mT * within
+    solved = torch.linalg.solve_triangular(A, torch.diag_embed(beta), upper=False, unitriangular=True)
+    scores = q @ k.mT * within
+    q_entering, k_entering, k_leaving = entering[..., None] * q, entering[..., None] * k, leaving[..., None] * k
+    kept = entering[..., -1:, None]
+    memory = q.new_zeros(*v.shape[1:3], k.shape[-1], v.shape[-1]) if memory is None else memory.to(dtype)
+    outputs = []
+    parts = (part.unbind(0) for part in (solved, scores, q_entering, k_entering, k_leaving, kept, v))
+    for solved_c, scores_c, q_c, k_c, k_leaving_c, kept_c, v_c in zip(*parts, strict=True):
+        u = solved_c @ (v_c - k_c @ memory)
+        outputs.append(q_c @ memory + scores_c @ u)
+        memory = torch.addcmul(k_leaving_c.mT @ u, memory, kept_c)
+    return unchunked_heads(outputs, time), memory
+
+
 @_gated_delta_rule.backend("recurrent")
 def _recurrent(
     q: Tensor,
@@ -93,11 +148,12 @@ def _recurrent(
     q, k = (unit_length(q), unit_length(k)) if normalize else (q, k)
     memory_bhkv = q.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1]) if memory is None else memory.to(dtype)
     outputs = []
-    for t in range(q.shape[1]):
-        memory_bhkv = restart(memory_bhkv, runs, t) * decay[:, t, :, None, None]
-        correction_bhv = v[:, t] - torch.einsum("bhkv,bhk->bhv", memory_bhkv, k[:, t])
-        memory_bhkv = memory_bhkv + k[:, t, :, :, None] * (beta[:, t, :, None] * correction_bhv)[:, :, None]
-        outputs.append(torch.einsum("bhkv,bhk->bhv", memory_bhkv, q[:, t] * scale))
+    steps = (x.unbind(1) for x in (q * scale, k, v, decay[..., None, None], beta[..., None]))
+    for t, (q_t, k_t, v_t, decay_t, beta_t) in enumerate(zip(*steps, strict=True)):
+        memory_bhkv = restart(memory_bhkv, runs, t) * decay_t
+        correction_bhv = v_t - (k_t[..., None, :] @ memory_bhkv)[..., 0, :]
+        memory_bhkv = memory_bhkv + k_t[..., None] * (beta_t * correction_bhv)[..., None, :]
+        outputs.append((q_t[..., None, :] @ memory_bhkv)[..., 0, :])
     return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v), memory_bhkv
 
 

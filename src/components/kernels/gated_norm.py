@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.components.kernels import fla, mamba
 from src.components.kernels.registry import Operation
 
 _gated_rms_norm = Operation("gated_rms_norm")
+_gated_rms_norm.backend("fla", why_not=fla.why_not_gated_rms_norm)(fla.gated_rms_norm)
+_gated_rms_norm.backend("mamba_ssm", why_not=mamba.why_not_gated_rms_norm)(mamba.gated_rms_norm)
 
 
 def gated_rms_norm(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from src.components.kernels.varlen import Kept
+
 
 class RecurrentState(NamedTuple):
     """What a recurrence remembers."""
@@ -49,6 +51,15 @@ def enter(segments: Tensor | None, state: RecurrentState | None) -> Entry:
             return Entry(None, None, None, None)
         kept = (state.segment == 0) | (state.segment < 0)
         return Entry(None, None, _where(kept, state.memory), torch.zeros_like(state.segment))
+    if state is None and not torch.compiler.is_compiling():
+        return _in_training.of(segments, _enter)  # the same for every layer
+    return _enter(segments, state)
+
+
+_in_training = Kept[Entry]()
+
+
+def _enter(segments: Tensor, state: RecurrentState | None = None) -> Entry:
     segments = segments.long()
     real = segments >= 0
     time = torch.arange(segments.shape[1], device=segments.device)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from src.components.initialization import Initializer
 
-# What a mixer or a block carries from one call to the next: tensors by name, nested where a block holds its mixer's.
-# An empty dictionary is the state before the first token.
+# What a mixer or a block carries from one call to the next: tensors by name, the batch first, nested where a block holds its mixer's.
+# What else a state may hold, `src/components/cache.py` lists. An empty dictionary is the state before the first token.
 State = dict[str, Any]
 
 
@@ -34,7 +34,10 @@ class Mixer(nn.Module, ABC):
 
         Args:
             x: ``[B, T, dim]``.
-            segments: ``[B, T]`` document numbers, or None for one document; nothing may pass between two numbers.
+            segments: ``[B, T]`` document numbers, or None for one document; nothing may pass between two numbers. A negative number
+                marks padding, which must change nothing for the tokens around it: it is not remembered, and where a ``state`` is given
+                a document goes on behind it as if it were not there. Without a state it stands before, between or after documents,
+                never inside one. What is returned at padding means nothing, but must be finite.
             state: None in training. ``{}`` to begin a sequence, or what the previous call returned; the call then
                 continues that sequence and must give what one call over the whole of it would have given.
 

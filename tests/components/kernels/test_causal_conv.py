@@ -251,12 +251,52 @@ def test_any_split_equals_one_call(backend, case, taps, activation):
     for part, part_ids in zip(x.split(sizes, 1), id_parts, strict=True):
         y, state = causal_conv(part, weight, segments=part_ids, state=state, **options)
         pieces.append(y)
-    whole = conv(x, weight, segments=ids, **options)
+    whole, _ = causal_conv(
+        x, weight, segments=ids, state=causal_conv_state(2, 5, taps, dtype=x.dtype), **options
+    )
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     for got, wanted in zip(
         gradients(torch.cat(pieces, 1), x, weight, bias), gradients(whole, x, weight, bias), strict=True
     ):
         torch.testing.assert_close(got, wanted)
+
+
+@both
+@given(case=splits(), taps=st.integers(1, 6), activation=st.sampled_from([None, "silu"]), residual=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_with_a_state_padding_anywhere_is_as_if_it_were_not_there(backend, case, taps, activation, residual):
+    time, sizes, ids = case
+    ids = torch.zeros(2, time, dtype=torch.int64) if ids is None else ids
+    x, weight, bias = rand(2, time, 5, grad=True), rand(5, taps, grad=True), rand(5, grad=True)
+    options = {"bias": bias, "activation": activation, "residual": residual, "backend": backend}
+    state: ConvState | None = causal_conv_state(2, 5, taps, dtype=x.dtype)
+    pieces = []
+    for part, part_ids in zip(x.split(sizes, 1), ids.split(sizes, 1), strict=True):
+        y, state = causal_conv(part, weight, segments=part_ids, state=state, **options)
+        pieces.append(y)
+    got, alone = [], []
+    for row in range(2):
+        real = ids[row] >= 0
+        got.append(torch.cat(pieces, 1)[row, real])
+        alone.append(conv(x[row : row + 1, real], weight, segments=ids[row : row + 1, real], **options)[0])
+    torch.testing.assert_close(torch.cat(got), torch.cat(alone))
+    for a, b in zip(
+        gradients(torch.cat(got), x, weight, bias), gradients(torch.cat(alone), x, weight, bias), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    assert state is not None
+    kept = min(taps - 1, int((ids[0] >= 0).sum()))
+    assert (state.segments[0] >= 0).sum() == kept
+    assert (state.segments[0, taps - 1 - kept :] >= 0).all()
+
+
+@both
+def test_padding_outside_of_documents_needs_no_state(backend):
+    x, weight = rand(1, 9, 3), rand(3, 4)
+    ids = torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1, -1]])
+    y = conv(x, weight, segments=ids, backend=backend)
+    torch.testing.assert_close(y[:, 1:4], conv(x[:, 1:4], weight, backend=backend))
+    torch.testing.assert_close(y[:, 5:7], conv(x[:, 5:7], weight, backend=backend))
 
 
 @both
@@ -271,14 +311,19 @@ def test_state_is_the_last_inputs_and_is_not_changed_in_place(backend):
     assert start.segments.tolist() == [[-1, -1, -1]]
     assert torch.equal(first.inputs, torch.cat([torch.zeros(1, 1, 2), x[:, :2]], 1))
     assert first.segments.tolist() == [[-1, 0, 0]]
-    assert torch.equal(second.inputs, torch.stack([x[:, 3], torch.zeros(1, 2), x[:, 5]], 1))
-    assert second.segments.tolist() == [[1, -1, 1]]
+    assert torch.equal(second.inputs, x[:, [2, 3, 5]])
+    assert second.segments.tolist() == [[1, 1, 1]]
 
 
 def test_state_does_not_keep_a_long_prompt_alive():
     _, state = causal_conv(rand(1, 1000, 4), rand(4, 4), state=causal_conv_state(1, 4, 4, dtype=torch.float64))
     assert state is not None
     assert state.inputs.untyped_storage().nbytes() < 10 * 4 * 8
+    ids = torch.full((1, 1000), -1)
+    _, state = causal_conv(rand(1, 1000, 4), rand(4, 4), state=state, segments=ids)
+    assert state is not None
+    assert state.inputs.untyped_storage().nbytes() < 10 * 4 * 8
+    assert state.segments.untyped_storage().nbytes() < 10 * 8
 
 
 @both
@@ -494,7 +539,7 @@ def test_compiles_without_a_writable_cache(monkeypatch):
 
 
 def test_unknown_backend_lists_what_exists():
-    with pytest.raises(ValueError, match=r"no backend 'cuda'; choose one of 'auto', 'cpu', 'torch'"):
+    with pytest.raises(ValueError, match=r"no backend 'cuda'; choose one of 'auto', 'fla', 'causal_conv1d', 'cpu', 'torch'"):
         conv(rand(1, 2, 3), rand(3, 4), backend="cuda")
 
 
