@@ -9,6 +9,9 @@ import torch
 from src.build import CONFIG_DIR, build_model
 from src.components.canon import Canon
 from src.components.generation import Sampling, generate
+from src.components.kernels.attention import attention
+from src.components.kernels.registry import forget_backends, used_backends
+from src.components.mixers.attention import Attention
 from src.run import run
 from tests.runs import TINY, compose_run, results, tiny_run
 
@@ -73,6 +76,41 @@ def test_what_is_written_is_what_the_cpu_writes(canon):
     expected = generate(net, prompts, settings)
     found = generate(net.cuda(), prompts, settings)
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("width", [16, 64])
+def test_flash_attention_over_documents_equals_the_equation(window, kv_heads, width):
+    ids = torch.tensor([[0] * 40 + [1] * 88, [-1] * 10 + [3] * 100 + [-1] * 18], device="cuda")
+    q, k, v = (torch.randn(2, 128, heads, width, device="cuda") for heads in (4, kv_heads, kv_heads))
+    grad, found = torch.randn(2, 128, 4, width, device="cuda") * (ids >= 0)[..., None, None], []
+    for backend, dtype in (("varlen", torch.bfloat16), ("reference", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        y = attention(*leaves, window=window, segments=(ids, ids), backend=backend)
+        found.append([y * (ids >= 0)[..., None, None], *torch.autograd.grad(y, leaves, grad.to(dtype))])
+    for a, b in zip(*found, strict=True):
+        assert a.isfinite().all()
+        assert (a.float() - b).norm() / b.norm() < 2e-2
+
+
+@pytest.mark.parametrize("compile_blocks", [False, True])
+def test_packed_training_runs_on_flash_attention(compile_blocks):
+    net = build_model(["canon.positions=ABCD", "model.vocab_size=50"]).cuda()
+    ids, segments = torch.randint(50, (2, 256), device="cuda"), torch.arange(256, device="cuda").expand(2, -1) // 100
+    losses = []
+    for backend in ("sdpa", "auto"):
+        for module in net.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+        forget_backends()
+        if backend == "auto" and compile_blocks:
+            net.compile_blocks()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            losses.append(net(ids, segments=segments).float().logsumexp(-1).mean())
+        losses[-1].backward()
+    assert "varlen" in used_backends()["attention"]
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=2e-2)
 
 
 @pytest.mark.parametrize("task", ["brevo1", "lano", "capo", "mano", "copy", "mqar"])

@@ -8,6 +8,7 @@ The mixer of each block comes from a short pattern string tiled over the depth: 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from src.components.block import Block
 from src.components.cache import Cache
-from src.components.canon import CanonConfig
+from src.components.canon import Canon, CanonConfig
 from src.components.feedforward import FeedForward
 from src.components.initialization import Initialization, Initializer
 from src.components.mixers.base import Mixer, State
@@ -75,11 +76,22 @@ class Backbone(nn.Module):
             self.blocks.append(
                 Block(dim, mixer, None if feedforward is None else feedforward(**parts), self.canon, norm_eps)
             )
+        self._warn_of_idle_letters()
         self.norm = RMSNorm(dim, norm_eps)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         self.init_weights()
+
+    def _warn_of_idle_letters(self) -> None:
+        """A Canon point that no block has is no error, so that one word fits many models, but it should be no surprise."""
+        used = {module.point for module in self.modules() if isinstance(module, Canon)}
+        idle = "".join(letter for letter in self.canon.positions if letter not in used)
+        if idle:
+            warnings.warn(
+                f"canon.positions={self.canon.positions!r}: no block of this model has point {', '.join(idle)}; it is ignored",
+                stacklevel=3,
+            )
 
     def init_weights(self) -> None:
         """(Re)initialises every parameter; does nothing to those on the meta device."""

@@ -148,35 +148,48 @@ def generate(
         raise ValueError(f"temperature={settings.temperature} needs a random stream for every prompt")
     if not rows_of_tokens:
         return ([], []) if log_probs else []
-    device = next(net.parameters()).device
-    written = np.full((len(rows_of_tokens), settings.max_new_tokens), -1, dtype=np.int64)
-    found = np.zeros(written.shape)
-    rows = np.arange(len(written))  # whose continuations are still being written
     draws = None
     if settings.temperature > 0 and streams is not None:
         draws = np.stack([_random(key).random(settings.max_new_tokens) for key in streams])
     with _in_eval_mode(net):
-        ids, segments = left_padded(rows_of_tokens)
-        together = bool((segments == 0).all())  # no row is padded
         state = net.initial_state() if cache is None else cache
-        logits, state = _last_logits(net, ids.to(device), None if together else segments.to(device), state)
-        for step in range(settings.max_new_tokens):
-            noise = None if draws is None else torch.as_tensor(draws[rows, step], device=device)
-            chosen = choose(logits, settings.temperature, noise, settings.top_k, settings.top_p)
-            if log_probs:
-                found[rows, step] = _log_probs_of(logits, chosen)
-            written[rows, step] = chosen.cpu().numpy()
-            going = ~_ended(written[rows, : step + 1], settings)
-            if step + 1 == settings.max_new_tokens or not going.any():
-                break
-            if not going.all():
-                kept = torch.as_tensor(np.flatnonzero(going), device=device)
-                rows, chosen, state = rows[going], chosen[kept], state.select(kept)
-            logits, state = _last_logits(net, chosen[:, None], None, state)
+        written, found = _write(net, rows_of_tokens, settings, draws, state, log_probs)
     texts = [row[row >= 0] for row in written]
     if not log_probs:
         return texts
     return texts, [row[: len(text)] for row, text in zip(found, texts, strict=True)]
+
+
+def _write(
+    net: Backbone,
+    prompts: list[Tokens],
+    settings: Sampling,
+    draws: NDArray[np.float64] | None,
+    state: Cache,
+    log_probs: bool,
+) -> tuple[Tokens, LogProbs]:
+    """Tokens ``[B, max_new_tokens]``, -1 behind the end of a text, and their log-probabilities; ``draws`` has the same shape."""
+    device = next(net.parameters()).device
+    written = np.full((len(prompts), settings.max_new_tokens), -1, dtype=np.int64)
+    found = np.zeros(written.shape)
+    rows = np.arange(len(written))  # whose texts are still being written
+    ids, segments = left_padded(prompts)
+    alike = bool((segments == 0).all())  # no row is padded
+    logits, state = _last_logits(net, ids.to(device), None if alike else segments.to(device), state)
+    for step in range(settings.max_new_tokens):
+        noise = None if draws is None else torch.as_tensor(draws[rows, step], device=device)
+        chosen = choose(logits, settings.temperature, noise, settings.top_k, settings.top_p)
+        if log_probs:
+            found[rows, step] = _log_probs_of(logits, chosen)
+        written[rows, step] = chosen.cpu().numpy()
+        going = ~_ended(written[rows, : step + 1], settings)
+        if step + 1 == settings.max_new_tokens or not going.any():
+            break
+        if not going.all():
+            kept = torch.as_tensor(np.flatnonzero(going), device=device)
+            rows, chosen, state = rows[going], chosen[kept], state.select(kept)
+        logits, state = _last_logits(net, chosen[:, None], None, state)
+    return written, found
 
 
 class Decoder:
@@ -339,10 +352,8 @@ def _nucleus(probabilities: Tensor, top_k: int | None, top_p: float) -> Tensor:
     if top_k is not None:
         ordered, order = ordered[:, :top_k], order[:, :top_k]
     cumulative = ordered.cumsum(dim=-1)
-    # A token stays if those before it have not reached the mark; the first always does.
-    before = cumulative - ordered
-    kept = before < top_p * cumulative[:, -1:]
-    kept[:, 0] = True
+    # A token stays if those before it have not reached the mark, which before the first are none.
+    kept = cumulative - ordered < top_p * cumulative[:, -1:]
     return torch.zeros_like(probabilities).scatter(1, order, ordered.where(kept, 0.0))
 
 

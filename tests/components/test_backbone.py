@@ -1,4 +1,5 @@
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from src.components.canon import CanonConfig
 from src.components.feedforward import FeedForward, default_hidden_dim
 from src.components.initialization import Initialization
 from src.components.mixers.attention import Attention
+from src.config import ConfigError
 
 # Instantiated by the official release.
 OFFICIAL_COUNTS = [
@@ -151,3 +153,18 @@ def test_compiled_blocks_keep_their_parameter_names():
     net.compile_blocks(backend="eager")
     assert [name for name, _ in net.named_parameters()] == names
     assert net(torch.randint(100, (1, 5))).shape == (1, 5, 100)
+
+
+def test_a_canon_point_that_no_block_has_is_said():
+    with pytest.warns(UserWarning, match="no block of this model has point b"):
+        build_model(["model=llama", "canon.positions=AbCD"], device="meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_model(["model=hybrid", "canon.positions=AbCD"], device="meta")
+        build_model(["model=mamba2", "canon.positions=ABbCD"], device="meta")
+
+
+@pytest.mark.parametrize(("model", "letter"), [("llama", "T"), ("gla", "G"), ("gdn", "G"), ("mamba2", "M")])
+def test_a_misspelt_backend_is_refused_before_anything_runs(model, letter):
+    with pytest.raises(ConfigError, match=r"'flaa' does not exist"):
+        build_model([f"model={model}", f"model.mixers.{letter}.backend=flaa"], device="meta")

@@ -100,9 +100,9 @@ def test_the_last_columns():
 
 
 def test_gradients_flow_through_a_history():
-    x, y = (torch.randn(1, 2, 3, requires_grad=True) for _ in range(2))
+    x, y = (torch.randn(1, 1, 3, requires_grad=True) for _ in range(2))
     with torch.no_grad():
-        start = Growing.of(torch.randn(1, 1, 3)).append(torch.randn(1, 1, 3)).append(torch.randn(1, 1, 3))
+        start = Growing.of(torch.randn(1, 4, 3)).append(torch.randn(1, 1, 3))  # has room for three more
     history = start.append(x)
     loss = history.tensor.square().sum()
     with torch.no_grad():

@@ -81,8 +81,9 @@ def test_a_padded_batch_writes_what_each_prompt_alone_gives(overrides, settings)
 
 
 def test_what_is_sampled_does_not_depend_on_the_batch(rope):
-    settings = Sampling(temperature=1.0, stop=0, max_new_tokens=20)
+    settings = Sampling(temperature=1.0, stop=3, max_new_tokens=20)
     together = generate(rope, PROMPTS, settings, STREAMS)
+    assert len({len(text) for text in together}) > 2
     for i, prompt in enumerate(PROMPTS):
         assert np.array_equal(generate(rope, [prompt], settings, [STREAMS[i]])[0], together[i])
     other = generate(rope, PROMPTS, settings, [(6, i) for i in range(len(PROMPTS))])
@@ -179,6 +180,12 @@ def test_top_k_and_top_p_one_token_at_a_time(top_k, top_p, logits):
     drawn = choose(torch.tensor([logits]).expand(20_000, -1), 0.7, uniform, top_k, top_p)
     shares = torch.bincount(drawn, minlength=6) / 20_000
     np.testing.assert_allclose(shares, naive_nucleus(logits, 0.7, top_k, top_p), atol=1e-4)
+
+
+def test_of_equally_probable_tokens_the_first_are_kept():
+    uniform = torch.rand(2000, dtype=torch.float64)
+    assert choose(torch.zeros(2000, 500), 1.0, uniform, top_k=7).unique().tolist() == list(range(7))
+    assert choose(torch.zeros(2000, 500), 1.0, uniform, top_p=0.0199).unique().tolist() == list(range(10))
 
 
 def test_limits_that_limit_nothing_change_no_bit():

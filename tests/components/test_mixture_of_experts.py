@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ SEGMENTS = torch.tensor([[-1, -1, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0,
 
 def experts(dtype=torch.float64, *, spread=1.0, **options):
     """A mixture whose router, unlike a new one's, has an opinion."""
-    options = {"num_experts": E} | options
-    module = MixtureOfExperts(D, CanonConfig(), **options)
+    settings: dict[str, Any] = {"num_experts": E} | options
+    module = MixtureOfExperts(D, CanonConfig(), **settings)
     module.init_weights(Initializer(module, seed=1))
     torch.nn.init.normal_(module.router.weight, 0, spread, generator=torch.Generator().manual_seed(2))
     return module.to(dtype)
@@ -121,9 +122,9 @@ def test_no_token_is_displaced_by_a_later_one():
 
 def test_in_evaluation_a_token_sees_itself_only():
     """So prefill, decoding and any batch agree with the full forward."""
-    module = experts(capacity_factor=0.1, top_k=2).eval()
-    x = tokens()
-    full, _ = module(x)
+    module, x = experts(capacity_factor=0.1, top_k=2), tokens()
+    module(x)
+    full, _ = module.eval()(x)
     assert module.auxiliary_loss is None
     assert module.statistics == {}
     given: dict = {}
@@ -191,8 +192,7 @@ def test_recomputed_activations_give_the_same_gradients():
     found = []
     for recompute in (False, True):
         x = tokens().requires_grad_()
-        call = (lambda v: checkpoint(lambda u: module(u)[0], v, use_reentrant=False)) if recompute else lambda v: module(v)[0]
-        y = call(x)
+        y, _ = checkpoint(module, x, use_reentrant=False) if recompute else module(x)
         assert module.auxiliary_loss is not None
         loss = y.square().sum() + module.auxiliary_loss
         found.append(torch.autograd.grad(loss, [x, *module.parameters()]))

@@ -5,7 +5,7 @@ Shared by the interpreter's tests on the CPU and the tests on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def outcome(operation: str, call: Call, *, segments: Tensor | None = None, start
     return {name: part.detach() for name, part in found.items()}
 
 
-def assert_alike(found: Call, expected: Call, tolerance: float) -> None:
+def assert_alike(found: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], tolerance: float) -> None:
     """Largest error of each tensor, relative to the largest expected number where that is above 1."""
     assert found.keys() == expected.keys()
     for name, part in expected.items():

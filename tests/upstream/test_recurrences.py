@@ -99,6 +99,16 @@ def test_the_given_state_is_left_alone(operation, backend):
     assert torch.equal(start.memory, before)
 
 
+def test_mamba_s_step_leaves_its_state_alone():
+    """Its kernel writes into the state that it is given. (The fronts hand on a copy; a backend must not rely on that.)"""
+    call, memory = arguments("ssd", 1, 1, 1, 8, 8), torch.randn(1, 1, 8, 8)
+    before = memory.clone()
+    _, after = mamba.ssd(**call, runs=None, memory=memory)
+    assert torch.equal(memory, before)
+    assert after is not None
+    assert not torch.equal(after, before)
+
+
 @every
 def test_no_tokens(operation, backend):
     call, start = arguments(operation, 2, 0, 2, 8, 8), state(operation, 2, 2, 8, 8)

@@ -78,7 +78,7 @@ class CanonConfig:
             )
         if point not in self.positions:
             return None
-        return Canon(
+        layer = Canon(
             width,
             kernel_size=self.kernel_size,
             residual=self.residual,
@@ -88,6 +88,8 @@ class CanonConfig:
             trainable=self.trainable,
             backend=self.backend,
         )
+        layer.point = point
+        return layer
 
     def short_convolution(
         self,
@@ -104,7 +106,7 @@ class CanonConfig:
         """
         if "b" not in self.positions:
             return None
-        return Canon(
+        layer = Canon(
             width,
             kernel_size=SHORT_CONVOLUTION_TAPS,
             residual=False,
@@ -114,3 +116,5 @@ class CanonConfig:
             bias_init=bias_init,
             backend=self.backend,
         )
+        layer.point = "b"
+        return layer

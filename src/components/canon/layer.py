@@ -39,6 +39,9 @@ class Canon(nn.Module):
         ValueError: for a kernel size below 1, or an activation or init that does not exist.
     """
 
+    # The letter of the insertion point, where a CanonConfig has placed the layer.
+    point: str | None = None
+
     def __init__(
         self,
         width: int,

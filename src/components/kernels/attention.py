@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.components.kernels.registry import AUTO, Operation
+from src.components.kernels.upstream import opaque
 from src.components.position import Bias
 
 _attention = Operation("attention")
+check_backend = _attention.check_name
 
 # Something about the queries [B, T] and the same about the keys [B, S].
 Pair = tuple[Tensor, Tensor]
@@ -75,12 +77,6 @@ def attention(
     if backend == AUTO and window is None and bias is None and segments is None:
         backend = "sdpa"  # which has a kernel for just that everywhere
     return _attention(backend, q, k, v, window=window, bias=bias, segments=segments, positions=positions)
-
-
-def check_backend(name: str) -> None:
-    """Raises a ValueError that lists the backends if there is none of this name."""
-    if name not in (AUTO, *_attention.backends):
-        raise ValueError(f"backend {name!r} does not exist; choose auto, {', '.join(_attention.backends)}")
 
 
 def attention_mask(
@@ -146,7 +142,7 @@ _varlen_options._dynamo_marked_constant = True  # type: ignore[attr-defined]  # 
 
 # How many documents there are is data, which a compiled graph cannot have in its shapes.
 @_attention.backend("varlen", why_not=_why_not_varlen)
-@torch.compiler.disable
+@opaque
 def _varlen(
     q: Tensor,
     k: Tensor,

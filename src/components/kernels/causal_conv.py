@@ -29,6 +29,7 @@ from src.components.kernels import causal_conv_upstream as upstream
 from src.components.kernels.registry import Operation
 
 _convolve = Operation("causal_conv")
+check_backend = _convolve.check_name
 _convolve.backend("fla", why_not=upstream.why_not_fla)(upstream.fla)
 _convolve.backend("causal_conv1d", why_not=upstream.why_not_causal_conv1d)(upstream.causal_conv1d)
 
@@ -161,12 +162,6 @@ def _why_not_cpu(
     if torch._C._are_functorch_transforms_active():
         return 'torch.func transforms cannot see through it; use backend "torch"'
     return None
-
-
-def check_backend(name: str) -> None:
-    """Raises a ValueError that lists the backends if there is none of this name."""
-    if name not in ("auto", *_convolve.backends):
-        raise ValueError(f"backend {name!r} does not exist; choose auto, {', '.join(_convolve.backends)}")
 
 
 def _then_activated(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -21,6 +21,7 @@ from src.components.kernels.recurrence import RecurrentState, enter, restart, wi
 from src.components.kernels.registry import Operation
 
 _gla = Operation("gla")
+check_backend = _gla.check_name
 _gla.backend("fla", why_not=fla.why_not_gla)(fla.gla)
 
 MIDPOINT_CHUNK, HALVES_CHUNK = 64, 32
@@ -81,17 +82,16 @@ def _chunked(
     which is a matrix product once exp(L_i - L_j) is split into a factor for i and a factor for j. `_by_midpoint` and
     `_by_halves` do this in two ways, a fast and an exact one.
     """
-    dtype, time = widest(q, k, v, log_decay), q.shape[1]
-    q, k, v, log_decay = (x.to(dtype) for x in (q, k, v, log_decay))
-    memory = None if memory is None else memory.to(dtype)
+    time = q.shape[1]
     if time <= 1:
         return _recurrent(q, k, v, log_decay, scale=scale, runs=runs, memory=memory)
-    q = q * scale
+    dtype = widest(q, k, v, log_decay)
+    q, k, v, log_decay = q.to(dtype) * scale, k.to(dtype), v.to(dtype), log_decay.to(dtype)
     chunks = _by_midpoint(q, k, log_decay, runs) if _readable(log_decay) else None
     if chunks is None:
         chunks = _by_halves(q, k, log_decay, runs)
     v = chunked_heads(v, chunks.scores.shape[-1])
-    memory = q.new_zeros(*v.shape[1:3], k.shape[-1], v.shape[-1]) if memory is None else memory
+    memory = q.new_zeros(*v.shape[1:3], k.shape[-1], v.shape[-1]) if memory is None else memory.to(dtype)
     outputs = []
     for scores, q_entering, k_leaving, kept, v_bhcv in zip(*(part.unbind(0) for part in (*chunks, v)), strict=True):
         outputs.append(scores @ v_bhcv + q_entering @ memory)
@@ -145,12 +145,11 @@ def _by_halves(q: Tensor, k: Tensor, log_decay: Tensor, runs: Tensor | None) -> 
     so the scores of the right block's queries for the left block's keys are q'_i k'_j, and then q' grows by the left block's
     total in the right block, k' by the right block's total in the left one.
     """
-    least = negligible(q.dtype)
-    decay = (log_decay * (1.0 / math.log(2.0))).exp2()  # as in `decays`
     if runs is not None:
-        decay = decay.masked_fill(run_starts(runs)[..., None, None], 0.0)
-    length = min(HALVES_CHUNK, 1 << (q.shape[1] - 1).bit_length())
-    q, k, decay = (chunked_heads(x, length) for x in (q, k, F.threshold(decay, least, 0.0)))
+        log_decay = log_decay.masked_fill(run_starts(runs)[..., None, None], -torch.inf)
+    least, length = negligible(q.dtype), min(HALVES_CHUNK, 1 << (q.shape[1] - 1).bit_length())
+    q, k, log_decay = (chunked_heads(x, length) for x in (q, k, log_decay))
+    decay = F.threshold((log_decay * (1.0 / math.log(2.0))).exp2(), least, 0.0)  # as in `decays`
     # Of a chunk's blocks, at first C of one token each:
     scores, total = (q * k).sum(-1)[..., None, None], decay[..., None, :]  # [n, B, H, C/s, s, s], [n, B, H, C/s, 1, K]
     q, k = (q * decay)[..., None, :], k[..., None, :]  # [n, B, H, C/s, s, K]

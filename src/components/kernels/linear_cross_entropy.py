@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from src.components.kernels import fla
-from src.components.kernels.registry import AUTO, Operation
+from src.components.kernels.registry import Operation
 
 ZLossKind = Literal["log_z", "nll_squared"]
 
@@ -35,6 +35,7 @@ ZLossKind = Literal["log_z", "nll_squared"]
 CHUNK_CPU, CHUNK_GPU = 2**23, 2**26
 
 _linear_cross_entropy = Operation("linear_cross_entropy")
+check_backend = _linear_cross_entropy.check_name
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -98,13 +99,9 @@ def next_token_losses(
     return nll + z_loss * penalty, nll
 
 
-def check_backend(name: str) -> None:
-    """Raises a ValueError that lists the backends if there is none of this name."""
-    if name not in (AUTO, *_linear_cross_entropy.backends):
-        raise ValueError(f"backend {name!r} does not exist; choose auto, {', '.join(_linear_cross_entropy.backends)}")
-
-
-def _why_not_fla(h: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float, count_right: bool, **_: Any) -> str | None:
+def _why_not_fla(
+    h: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float, count_right: bool, **_: Any
+) -> str | None:
     if z_loss:
         return f'it knows no z-loss, here {z_loss}; use backend "torch"'
     if count_right:

@@ -60,6 +60,8 @@ _in_training = Kept[Entry]()
 
 
 def _enter(segments: Tensor, state: RecurrentState | None = None) -> Entry:
+    if segments.shape[1] == 0:
+        return Entry(None, None, *(state or (None, None)))
     segments = segments.long()
     real = segments >= 0
     time = torch.arange(segments.shape[1], device=segments.device)

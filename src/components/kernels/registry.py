@@ -59,6 +59,11 @@ class Operation:
 
         return register
 
+    def check_name(self, name: str) -> None:
+        """Raises a ValueError that lists the backends if there is none of this name; for constructors, before anything runs."""
+        if name != AUTO and name not in self.backends:
+            raise ValueError(f"backend {name!r} does not exist; {self.name} has {_listed([AUTO, *self.backends])}")
+
     def pick(self, name: str, *args: Any, **kwargs: Any) -> str:
         """The name of the backend that would run this call: `name` itself, or for "auto" the first that can.
 

@@ -20,6 +20,7 @@ from src.components.kernels.recurrence import RecurrentState, enter, restart, wi
 from src.components.kernels.registry import Operation
 
 _ssd = Operation("ssd")
+check_backend = _ssd.check_name
 _ssd.backend("mamba_ssm", why_not=mamba.why_not_ssd)(mamba.ssd)
 _ssd.backend("fla", why_not=fla.why_not_ssd)(fla.ssd)
 
@@ -111,7 +112,8 @@ def _chunked(
         outputs.append(torch.addcmul(y, read, entering_c))
         memory = torch.addcmul((B_c.mT @ lasting_c).unflatten(-1, (-1, width)), memory, kept_c)
     y = torch.cat(outputs, dim=1)[:, :time]
-    return y if D is None else torch.addcmul(y, x, D.to(dtype)[:, None]), memory.movedim(2, -1).flatten(1, 2)
+    y = y if D is None else torch.addcmul(y, x, D.to(dtype)[:, None])
+    return y, memory.movedim(2, -1).flatten(1, 2).contiguous()
 
 
 @_ssd.backend("recurrent")

@@ -156,11 +156,12 @@ def _positions(state: State | None, segments: Tensor | None, time: int, device: 
     total = 0 if keys is None else keys.total
     if state is None or (segments is None and "segments" not in state):
         return torch.arange(total, total + time, device=device)
-    last = state["positions"].tensor[:, -1:] if "positions" in state else total - 1
+    last = state["positions"].tensor[:, -1:] if total and "positions" in state else total - 1
     if segments is None:
         return last + torch.arange(1, time + 1, device=device)
     counted = segments >= 0
-    if total == 0:  # padding in front of a row moves all of it, which no distance sees: prompts padded on the left keep their columns
+    if total == 0:
+        # Padding in front moves the whole row, which no distance sees; so rows padded on the left keep their columns.
         counted = counted | (counted.cumsum(dim=1) == 0)
     return last + counted.cumsum(dim=1)
 

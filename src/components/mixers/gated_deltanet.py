@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from src.components.canon import CanonConfig
 from src.components.initialization import Initializer
-from src.components.kernels.gated_delta_rule import gated_delta_rule
+from src.components.kernels.gated_delta_rule import check_backend, gated_delta_rule
 from src.components.mixers.base import State
 from src.components.mixers.linear import LinearMixer, in_full, init_A_log, init_dt_bias, remembered, whole
 
@@ -58,6 +58,7 @@ class GatedDeltaNet(LinearMixer):
         layer: int = 0,
     ):
         whole("num_heads", num_heads)
+        check_backend(backend)
         if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}; choose a divisor or give head_dim")
         head_dim = dim // num_heads if head_dim is None else whole("head_dim", head_dim)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from src.components.canon import CanonConfig
 from src.components.initialization import Initializer
-from src.components.kernels.gla import gla
+from src.components.kernels.gla import check_backend, gla
 from src.components.mixers.base import State
 from src.components.mixers.linear import LinearMixer, in_full, low_rank_parameters, remembered, whole
 
@@ -68,6 +68,7 @@ class GLA(LinearMixer):
         layer: int = 0,
     ):
         whole("num_heads", num_heads)
+        check_backend(backend)
         if qkv_activation not in (None, "silu"):
             raise ValueError(f"qkv_activation={qkv_activation!r}: choose null or silu")
         if feature_map not in (None, "elu"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from src.components.canon import CanonConfig, canon_at
 from src.components.initialization import Initializer
-from src.components.kernels.ssd import ssd
+from src.components.kernels.ssd import check_backend, ssd
 from src.components.mixers.base import Mixer, State
 from src.components.mixers.linear import in_full, remembered
 
@@ -53,6 +53,7 @@ class LinearAttention(Mixer):
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         if norm_eps <= 0:
             raise ValueError(f"norm_eps={norm_eps}: must be positive")
+        check_backend(backend)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.norm_eps, self.backend, self.layer = norm_eps, backend, layer
         self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)

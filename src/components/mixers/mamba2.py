@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from src.components.canon import CanonConfig, canon_at
 from src.components.canon.config import SHORT_CONVOLUTION_TAPS
 from src.components.initialization import Initializer
-from src.components.kernels.ssd import ssd
+from src.components.kernels.ssd import check_backend, ssd
 from src.components.mixers.base import Mixer, State
 from src.components.mixers.linear import in_full, init_A_log, init_dt_bias, remembered, whole
 from src.components.norm import GatedRMSNorm
@@ -81,6 +81,7 @@ class Mamba2(Mixer):
         if init not in ("default", "mimetic"):
             raise ValueError(f"init={init!r}: choose default or mimetic")
         whole("num_heads", num_heads, whole("groups", groups))
+        check_backend(backend)
         self.dim, self.num_heads, self.groups, self.backend, self.layer = dim, num_heads, groups, backend, layer
         self.init = init
         self.inner_width = whole("expand * dim", expand * dim, num_heads)

@@ -251,9 +251,7 @@ def test_any_split_equals_one_call(backend, case, taps, activation):
     for part, part_ids in zip(x.split(sizes, 1), id_parts, strict=True):
         y, state = causal_conv(part, weight, segments=part_ids, state=state, **options)
         pieces.append(y)
-    whole, _ = causal_conv(
-        x, weight, segments=ids, state=causal_conv_state(2, 5, taps, dtype=x.dtype), **options
-    )
+    whole, _ = causal_conv(x, weight, segments=ids, state=causal_conv_state(2, 5, taps, dtype=x.dtype), **options)
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     for got, wanted in zip(
         gradients(torch.cat(pieces, 1), x, weight, bias), gradients(whole, x, weight, bias), strict=True
@@ -539,7 +537,9 @@ def test_compiles_without_a_writable_cache(monkeypatch):
 
 
 def test_unknown_backend_lists_what_exists():
-    with pytest.raises(ValueError, match=r"no backend 'cuda'; choose one of 'auto', 'fla', 'causal_conv1d', 'cpu', 'torch'"):
+    with pytest.raises(
+        ValueError, match=r"no backend 'cuda'; choose one of 'auto', 'fla', 'causal_conv1d', 'cpu', 'torch'"
+    ):
         conv(rand(1, 2, 3), rand(3, 4), backend="cuda")
 
 

@@ -155,6 +155,8 @@ def test_bf16_parameters_are_summed_in_float32():
 
 def test_fla_is_chosen_by_name_only_and_counts_nothing(monkeypatch):
     def stand_in(h, weight, targets):
+        if not len(h):
+            return h.sum()
         return F.cross_entropy(h @ weight.T, targets, reduction="sum")
 
     monkeypatch.setattr(fla, "fused_linear_cross_entropy", stand_in)
