@@ -199,7 +199,7 @@ def test_documents_for_flash_attention(monkeypatch, window, older):
         ({"capability": (7, 5)}, "compute capability 8.0"),
         ({"device": "cpu"}, "q is on cpu"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
 def test_when_flash_attention_runs(monkeypatch, change, reason):
     case = {"window": None, "bias": None, "positions": None, "keys": 7, "dtype": torch.bfloat16, "width": 8} | change

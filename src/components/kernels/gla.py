@@ -115,12 +115,15 @@ def _by_midpoint(q: Tensor, k: Tensor, log_decay: Tensor, runs: Tensor | None) -
     product above the diagonal where it is masked, within float32.
     """
     length = chunk_length(q.shape[1], MIDPOINT_CHUNK)
-    total = chunked_heads(log_decay, length).cumsum(-2)
-    first, middle, last = total[..., :1, :], total[..., (length - 1) // 2, None, :], total[..., -1:, :]
+    q, k, log_decay = (chunked_heads(x, length) for x in (q, k, log_decay))
+    total, last = log_decay.cumsum(-2), log_decay.sum(-2, keepdim=True)
+    # L_m cancels from all that follows, and so does its gradient.
+    first, middle = total.detach()[..., :1, :], total.detach()[..., (length - 1) // 2, None, :]
     # Sums of log-decays fall, so that their ends bound what is between. (Written so that NaN takes the other way.)
     if not bool((torch.maximum(first - middle, middle - last) <= LARGEST).all()):
         return None
-    q, k = chunked_heads(q, length) * (total - middle).exp(), chunked_heads(k, length) * (middle - total).exp()
+    factor = (total - middle).exp()
+    q, k = q * factor, k / factor
     scores = (q @ k.mT).tril()
     q_entering, k_leaving, kept = q * middle.exp(), k * (last - middle).exp(), last.exp()
     if runs is not None:  # tokens of different runs do not meet

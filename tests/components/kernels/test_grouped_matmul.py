@@ -30,7 +30,7 @@ def naive(x, weight, sizes):
     ],
 )
 def test_equals_one_product_a_row(backend, widths, dtype, tolerance):
-    x, weight, ends = problem(*widths, dtype)
+    x, weight, ends = problem(widths[0], widths[1], dtype)
     factor = torch.randn(sum(SIZES), widths[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     y = grouped_matmul(x, weight, ends, backend=backend)
     found = (y, *torch.autograd.grad((y * factor).sum(), (x, weight)))
@@ -73,7 +73,7 @@ def test_autocast_as_a_linear_layer():
 )
 def test_what_grouped_mm_cannot_do_is_said(widths, dtype, reason):
     with pytest.raises(BackendUnavailableError, match=reason):
-        grouped_matmul(*problem(*widths, dtype), backend="grouped_mm")
+        grouped_matmul(*problem(widths[0], widths[1], dtype), backend="grouped_mm")
 
 
 def test_bad_arguments():

@@ -148,7 +148,7 @@ def test_bf16_parameters_are_summed_in_float32():
     h, weight, targets = problem(2000, torch.bfloat16)
     found, _ = losses_and_gradients(h, weight, targets, backend="torch")
     wide = [t.detach().double().requires_grad_() for t in (h, weight)]
-    exact, _ = losses_and_gradients(*wide, targets, backend="full")
+    exact, _ = losses_and_gradients(wide[0], wide[1], targets, backend="full")
     assert found[2].dtype == torch.bfloat16
     assert (found[2].double() - exact[2]).norm() < 4e-3 * exact[2].norm()
 
