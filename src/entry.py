@@ -20,11 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.build import CONFIG_DIR, compose_config
+from src.components.kernels.registry import BackendUnavailableError
 from src.config import ConfigError, resolve_target, suggest
 from src.datamodules.corpora.errors import CorpusError
 
 _USERS_MISTAKES = (
     ConfigError,
+    BackendUnavailableError,
     CorpusError,
     MisconfigurationException,
     OmegaConfBaseException,

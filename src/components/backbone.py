@@ -132,6 +132,10 @@ class Backbone(nn.Module):
         """
         if state is not None:
             state.check(self.depth, ids.shape[0])
+        if ids.ndim != 2:
+            raise ValueError(f"ids must be [B, T]; got shape {tuple(ids.shape)}")
+        if state is not None and not isinstance(state, Cache):
+            raise TypeError(f"state must be a Cache, net.initial_state() at the start; got {type(state).__name__}")
         h = self.embedding(ids)
         new_states: list[State] = []
         for layer, block in enumerate(self.blocks):

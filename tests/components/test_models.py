@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.build import CONFIG_DIR, build_model
 from src.components.canon import Canon
 from src.components.generation import generate
+from src.components.kernels.registry import Operation
 from src.components.mixture_of_experts import MixtureOfExperts
 
 MODELS = sorted(p.stem for p in (Path(CONFIG_DIR) / "model").glob("*.yaml") if p.stem != "base")
@@ -188,26 +188,32 @@ def test_bf16_is_close_to_float32(net):
     assert (low.float() - full).norm() / full.norm() < 3e-2
 
 
-def test_chunked_equals_recurrent(net):
+def test_chunked_equals_recurrent(net, monkeypatch):
     """Outputs and gradients with the fast kernels of this machine, against the equations step by step."""
-    found = {}
+    found = []
     ids, segments = some_ids(2, 75), torch.tensor([[0] * 20 + [1] * 55, [0] * 70 + [-1] * 5])
-    for backend in ("torch", "recurrent"):
-        twin = tiny_double(net, backend)
+    for backends in (["torch"], STEP_BY_STEP):
+        prefer(monkeypatch, *backends)
+        twin = copy.deepcopy(net).double()
         logits = twin(ids, segments=segments)[segments >= 0]
         logits.square().mean().backward()
-        found[backend] = [logits.detach(), *(p.grad for p in twin.parameters() if p.grad is not None)]
-    for a, b in zip(*found.values(), strict=True):
+        found.append([logits.detach(), *(p.grad for p in twin.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
 
 
-def tiny_double(net, backend):
-    """A copy in float64 whose recurrences run on one backend."""
-    twin = copy.deepcopy(net).double()
-    for block in twin.blocks:
-        if is_recurrent(block.mixer):
-            block.mixer.backend = backend
-    return twin
+# The backends that do what the equations say, and nothing more.
+STEP_BY_STEP = ["recurrent", "reference"]
+
+
+def prefer(monkeypatch, *backends):
+    """Every operation runs on the first of these backends that it has, else on the one that it would choose."""
+    pick = Operation.pick
+
+    def choose(operation, name, *args, **kwargs):
+        return next((b for b in backends if b in operation.backends), None) or pick(operation, name, *args, **kwargs)
+
+    monkeypatch.setattr(Operation, "pick", choose)
 
 
 def test_gradients_reach_every_parameter(net):
@@ -236,33 +242,18 @@ def test_formulas_agree_with_the_module(net):
 ELEMENTWISE = {"LinearAttention": 2}
 
 
-def test_operations_are_those_that_are_executed(net):
-    twin = copy.deepcopy(net)
-    for block in twin.blocks:
-        if hasattr(block.mixer, "backend"):
-            block.mixer.backend = "recurrent" if is_recurrent(block.mixer) else "reference"
-    _, state = twin(some_ids(1, 1), state=twin.initial_state())
-    counter = FlopCounterMode(display=False)
-    # PyTorch counts the matrix products of attention, but not its fused CPU kernel.
-    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        twin(some_ids(1, 32))
-    uncounted = sum(m.flops_per_token() for m in twin.modules() if type(m).__name__ == "Canon")
-    for block, remembered in zip(twin.blocks, state, strict=True):
+def test_operations_are_those_that_are_executed(net, monkeypatch):
+    prefer(monkeypatch, *STEP_BY_STEP)
+    with torch.no_grad():
+        _, state = net(some_ids(1, 1), state=net.initial_state())
+        with FlopCounterMode(display=False) as counter:
+            net(some_ids(1, 32))
+    uncounted = sum(m.flops_per_token() for m in net.modules() if isinstance(m, Canon))
+    for block, remembered in zip(net.blocks, state, strict=True):
         if "memory" in remembered["mixer"]:
             each = ELEMENTWISE.get(type(block.mixer).__name__, 3)
             uncounted += each * remembered["mixer"]["memory"].memory.numel()
-    assert twin.flops_per_token(32) - uncounted == counter.get_total_flops() // 32
-
-
-def is_recurrent(mixer):
-    """Whether the mixer's operation is a recurrence: those have a backend that takes step by step."""
-    probe = copy.deepcopy(mixer)
-    probe.backend = "recurrent"
-    try:
-        probe(torch.zeros(1, 1, mixer.dim, dtype=next(mixer.parameters()).dtype))
-    except ValueError:
-        return False
-    return True
+    assert net.flops_per_token(32) - uncounted == counter.get_total_flops() // 32
 
 
 def _numbers(node):

@@ -174,15 +174,17 @@ def init_A_log(init: Initializer, A_log: Tensor, low: float, high: float) -> Non
     init.fill(A_log, draw)
 
 
-def whole(name: str, value: float, of: int = 1) -> int:
-    """``value`` as an integer, if it is a positive multiple of ``of``.
+def whole(name: str, value: float, of: int = 1, divisor: str = "") -> int:
+    """``value`` as an integer, if it is a positive multiple of ``of``, which the message calls ``divisor``.
 
     Raises:
         ValueError: it is not; the message begins with ``name``.
     """
     number = round(value)
     if abs(value - number) > 1e-6 or number < 1 or number % of:
-        wanted = "a positive whole number" if of == 1 else f"a positive multiple of {of}"
+        wanted = (
+            "a positive whole number" if of == 1 else f"a positive multiple of {divisor}{'=' if divisor else ''}{of}"
+        )
         raise ValueError(f"{name}={value:g}: must be {wanted}")
     return number
 

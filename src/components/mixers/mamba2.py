@@ -80,11 +80,11 @@ class Mamba2(Mixer):
         super().__init__()
         if init not in ("default", "mimetic"):
             raise ValueError(f"init={init!r}: choose default or mimetic")
-        whole("num_heads", num_heads, whole("groups", groups))
+        whole("num_heads", num_heads, whole("groups", groups), "groups")
         check_backend(backend)
         self.dim, self.num_heads, self.groups, self.backend, self.layer = dim, num_heads, groups, backend, layer
         self.init = init
-        self.inner_width = whole("expand * dim", expand * dim, num_heads)
+        self.inner_width = whole("expand * dim", expand * dim, num_heads, "num_heads")
         self.head_dim, self.state_dim = self.inner_width // num_heads, whole("state_size", state_size)
         shared = groups * state_size
         self.widths = [self.inner_width, self.inner_width, shared, shared, num_heads]  # z, x, B, C, dt
