@@ -55,9 +55,9 @@ def chunked_heads(x: Tensor, length: int) -> Tensor:
     return chunked(x, length).transpose(2, 3).contiguous()
 
 
-def unchunked_heads(chunks: list[Tensor], time: int) -> Tensor:
-    """n times `[B, H, C, ...]` -> `[B, T, H, ...]`."""
-    return torch.cat([chunk.transpose(1, 2) for chunk in chunks], dim=1)[:, :time]
+def unchunked_heads(chunks: Tensor, time: int) -> Tensor:
+    """`[n, B, H, C, ...]` -> `[B, T, H, ...]`."""
+    return chunks.permute(1, 0, 3, 2, *range(4, chunks.ndim)).flatten(1, 2)[:, :time]
 
 
 def run_starts(runs: Tensor) -> Tensor:

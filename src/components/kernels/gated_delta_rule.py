@@ -121,13 +121,13 @@ def _chunked(
     q_entering, k_entering, k_leaving = entering[..., None] * q, entering[..., None] * k, leaving[..., None] * k
     kept = entering[..., -1:, None]
     memory = q.new_zeros(*v.shape[1:3], k.shape[-1], v.shape[-1]) if memory is None else memory.to(dtype)
-    outputs = []
-    parts = (part.unbind(0) for part in (solved, scores, q_entering, k_entering, k_leaving, kept, v))
-    for solved_c, scores_c, q_c, k_c, k_leaving_c, kept_c, v_c in zip(*parts, strict=True):
-        u = solved_c @ (v_c - k_c @ memory)
-        outputs.append(q_c @ memory + scores_c @ u)
-        memory = torch.addcmul(k_leaving_c.mT @ u, memory, kept_c)
-    return unchunked_heads(outputs, time), memory
+    u, memories = [], []
+    parts = (part.unbind(0) for part in (solved @ v, solved @ k_entering, k_leaving, kept))
+    for v_c, k_c, k_leaving_c, kept_c in zip(*parts, strict=True):
+        memories.append(memory)
+        u.append(v_c - k_c @ memory)
+        memory = torch.addcmul(k_leaving_c.mT @ u[-1], memory, kept_c)
+    return unchunked_heads(q_entering @ torch.stack(memories) + scores @ torch.stack(u), time), memory
 
 
 @_gated_delta_rule.backend("recurrent")

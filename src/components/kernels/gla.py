@@ -92,11 +92,11 @@ def _chunked(
         chunks = _by_halves(q, k, log_decay, runs)
     v = chunked_heads(v, chunks.scores.shape[-1])
     memory = q.new_zeros(*v.shape[1:3], k.shape[-1], v.shape[-1]) if memory is None else memory.to(dtype)
-    outputs = []
-    for scores, q_entering, k_leaving, kept, v_bhcv in zip(*(part.unbind(0) for part in (*chunks, v)), strict=True):
-        outputs.append(scores @ v_bhcv + q_entering @ memory)
-        memory = torch.addcmul(k_leaving.mT @ v_bhcv, memory, kept)
-    return unchunked_heads(outputs, time), memory
+    entering = []
+    for written, kept in zip((chunks.k_leaving.mT @ v).unbind(0), chunks.kept.unbind(0), strict=True):
+        entering.append(memory)
+        memory = torch.addcmul(written, memory, kept)
+    return unchunked_heads(chunks.scores @ v + chunks.q_entering @ torch.stack(entering), time), memory
 
 
 class _Chunks(NamedTuple):
