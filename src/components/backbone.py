@@ -128,14 +128,15 @@ class Backbone(nn.Module):
             Logits ``[B, T, V]`` (or ``[N, V]``, or what ``head`` returned), and the new state if one was given.
 
         Raises:
-            ValueError: when the state belongs to another model, or to another number of rows.
+            ValueError: for ids that are no batch, or a state that belongs to another model or another number of rows.
+            TypeError: for a state that is no Cache.
         """
-        if state is not None:
-            state.check(self.depth, ids.shape[0])
         if ids.ndim != 2:
             raise ValueError(f"ids must be [B, T]; got shape {tuple(ids.shape)}")
         if state is not None and not isinstance(state, Cache):
             raise TypeError(f"state must be a Cache, net.initial_state() at the start; got {type(state).__name__}")
+        if state is not None:
+            state.check(self.depth, ids.shape[0])
         h = self.embedding(ids)
         new_states: list[State] = []
         for layer, block in enumerate(self.blocks):

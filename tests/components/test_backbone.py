@@ -168,3 +168,11 @@ def test_a_canon_point_that_no_block_has_is_said():
 def test_a_misspelt_backend_is_refused_before_anything_runs(model, letter):
     with pytest.raises(ConfigError, match=r"'flaa' does not exist"):
         build_model([f"model={model}", f"model.mixers.{letter}.backend=flaa"], device="meta")
+
+
+def test_what_is_no_batch_of_ids_is_refused():
+    net = build_model(["model.vocab_size=10"])
+    with pytest.raises(ValueError, match=r"ids must be \[B, T\]; got shape \(3,\)"):
+        net(torch.zeros(3, dtype=torch.long))
+    with pytest.raises(TypeError, match="state must be a Cache, net.initial_state"):
+        net(torch.zeros(1, 3, dtype=torch.long), state={})

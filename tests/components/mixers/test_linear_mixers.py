@@ -206,7 +206,7 @@ def test_the_short_convolutions_ignore_the_description_of_canon_layers():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: GLA(16, CanonConfig(), num_heads=3), r"expand_k \* dim=8: must be a positive multiple of 3"),
+        (lambda: GLA(16, CanonConfig(), num_heads=3), r"expand_k \* dim=8: must be a positive multiple of num_heads=3"),
         (lambda: GLA(16, CanonConfig(), num_heads=2, expand_v=0.3), r"expand_v \* dim=4.8"),
         (lambda: GLA(16, CanonConfig(), num_heads=0), "num_heads=0: must be a positive whole number"),
         (lambda: GLA(16, CanonConfig(), num_heads=2, gate_rank=0), "gate_rank=0"),
@@ -218,11 +218,11 @@ def test_the_short_convolutions_ignore_the_description_of_canon_layers():
         (lambda: GatedDeltaNet(16, CanonConfig(), num_heads=3, head_dim=5, expand_v=1.5), r"expand_v \* head_dim=7.5"),
         (
             lambda: Mamba2(16, CanonConfig(), num_heads=5, state_size=4),
-            r"expand \* dim=32: must be a positive multiple of 5",
+            r"expand \* dim=32: must be a positive multiple of num_heads=5",
         ),
         (
             lambda: Mamba2(16, CanonConfig(), num_heads=4, state_size=4, groups=3),
-            "num_heads=4: must be a positive multiple of 3",
+            "num_heads=4: must be a positive multiple of groups=3",
         ),
         (lambda: Mamba2(16, CanonConfig(), num_heads=4, state_size=0), "state_size=0"),
         (lambda: Mamba2(16, CanonConfig(), num_heads=4, state_size=4, init="best"), "init='best': choose"),  # type: ignore[arg-type]
