@@ -447,39 +447,6 @@ def test_the_chunked_form_is_the_default_on_the_cpu(op):
 
 
 @pytest.mark.parametrize(
-    ("decay", "fast"),
-    [(-0.1, True), (-2.4, True), (-2.6, False), (-60.0, False), (-torch.inf, False), (torch.nan, False)],
-)
-def test_gla_takes_the_exact_way_only_where_it_must(decay, fast):
-    """In a chunk of 32 tokens, 16 of which may decay by exp(-40)."""
-    inputs = gla_inputs(Random(0).randn, 1, 32, lambda *shape: torch.full(shape, decay).double())
-    chunks = gla_file._by_midpoint(inputs["q"], inputs["k"], inputs["log_decay"], None)
-    assert (chunks is not None) == fast
-
-
-def test_gla_looks_at_values_only_where_that_is_free():
-    x = torch.zeros(3)
-    assert gla_file._readable(x)
-    assert not gla_file._readable(x.to("meta"))
-    seen = []
-    torch.func.vmap(lambda row: (seen.append(gla_file._readable(row)), row)[1])(x)
-    assert seen == [False]
-
-
-@pytest.mark.parametrize("decay", [-0.05, -1.0])
-def test_the_two_ways_of_gla_agree(decay):
-    random = Random(0)
-    q, k, _, log_decay = gla_inputs(random.randn, 2, 64, lambda *shape: decay * random.randn(*shape).abs()).values()
-    runs = torch.tensor([[0] * 64, [0] * 7 + [1] * 30 + [2] * 27])
-    one, two = gla_file._by_midpoint(q, k, log_decay, runs), gla_file._by_halves(q, k, log_decay, runs)
-    assert one is not None
-    assert (one.scores.shape[-1], two.scores.shape[-1]) == (64, 32)
-    for half in (0, 1):
-        part = slice(32 * half, 32 * half + 32)
-        close([one.scores[0, ..., part, part]], [two.scores[half]])
-
-
-@pytest.mark.parametrize(
     ("key", "change", "message"),
     [
         ("gla", {"k": torch.zeros(2, 5, HEADS, 4)}, "q, k and log_decay must be"),
