@@ -28,12 +28,17 @@ OmegaConf.register_new_resolver("repository", lambda: str(CONFIG_DIR.parent), re
 OmegaConf.register_new_resolver("times", lambda a, b: int(a) * int(b), replace=True)
 
 
-def compose_config(overrides: list[str] | None = None, config_name: str = "train") -> DictConfig:
+def compose_config(overrides: list[str] | None = None, config_name: str = "train", **options: Any) -> DictConfig:
     """Composes ``configs/<config_name>.yaml`` with Hydra overrides, outside or inside a running Hydra job."""
     if GlobalHydra.instance().is_initialized():
-        return compose(config_name=config_name, overrides=list(overrides or []))
+        return compose(config_name=config_name, overrides=list(overrides or []), **options)
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(config_name=config_name, overrides=list(overrides or []))
+        return compose(config_name=config_name, overrides=list(overrides or []), **options)
+
+
+def swept_over(overrides: list[str]) -> dict[str, Any]:
+    """The values over which ``python src/train.py -m`` would sweep an experiment: key -> values, separated by commas."""
+    return to_plain(compose_config(overrides, return_hydra_config=True).hydra.sweeper.get("params") or {})
 
 
 def _training_steps(data: DictConfig) -> int:

@@ -48,6 +48,39 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+# Where things are written, how a run is watched and what it is called: none of it changes a number.
+_NO_MATTER = ("paths", "logger", "callbacks", "name", "tags", "ckpt_path", "optimized_metric", "compare", "hydra")
+
+
+def experiment_hash(plain: dict[str, Any]) -> str:
+    """The hash of what a run computes: the same in any folder, on any rank and under any name.
+
+    Args:
+        plain: a run's resolved configuration, before the data has filled in ``model.vocab_size``.
+    """
+    folders = {str(value): f"<{key}>" for key, value in (plain.get("paths") or {}).items() if value}
+
+    def placeless(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: placeless(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [placeless(value) for value in node]
+        if isinstance(node, str):
+            # The longest folder first: one may lie in another.
+            for folder in sorted(folders, key=len, reverse=True):
+                if node == folder or node.startswith(folder + "/"):
+                    return folders[folder] + node[len(folder) :]
+        return node
+
+    kept = {key: value for key, value in plain.items() if key not in _NO_MATTER}
+    kept["trainer"] = {
+        key: value
+        for key, value in (plain.get("trainer") or {}).items()
+        if key not in ("default_root_dir", "callbacks", "logger", "log_every_n_steps")
+    }
+    return config_hash(placeless(kept))
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """A clause that names the closest known word, if one is close, and lists all of them."""
     known = sorted(known)

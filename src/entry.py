@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from src.build import CONFIG_DIR, compose_config
@@ -44,6 +47,7 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     """
 
     def guarded(config: DictConfig) -> Any:
+        point_other_ranks_at_this_job()
         try:
             return job(config)
         except _USERS_MISTAKES as error:
@@ -61,6 +65,21 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
         fail(message)
     guarded.__module__ = "__main__"
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)()
+
+
+def point_other_ranks_at_this_job() -> None:
+    """In a multirun, makes the ranks that Lightning starts run the job at hand.
+
+    Lightning starts the other ranks of a job by running ``sys.argv`` again. With ``-m`` in it each of them would be a sweep of its own,
+    whose sampler may draw other values. Ranks that a launcher starts (torchrun, SLURM) read their own command line all the
+    same; for them every rank compares configurations (``callbacks/agreement.py``).
+    """
+    config = HydraConfig.instance().cfg
+    if config is None or config.hydra.mode != RunMode.MULTIRUN:
+        return
+    sys.argv = [sys.argv[0], *config.hydra.overrides.task, "hydra.mode=RUN"]
+    with read_write(config):  # where Lightning tells them to write
+        config.hydra.run.dir = config.hydra.runtime.output_dir
 
 
 def quieten() -> None:
@@ -109,7 +128,7 @@ def first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
     except (HydraException, OmegaConfBaseException):
         return None
     for override in parsed:
-        ours = override not in groups and override.key_or_group.split(".")[0] != "hydra"
+        ours = override not in groups and re.split(r"[./]", override.key_or_group)[0] != "hydra"
         if ours and not (override.is_add() or override.is_force_add() or override.is_delete()):
             message = _missing(config, override.key_or_group)
             if message:

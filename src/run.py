@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from src.build import model_from_config
+from src.callbacks.throughput import Throughput
 from src.checkpoints.files import (
     check_same_data,
     check_same_model,
@@ -24,11 +24,12 @@ from src.checkpoints.files import (
 )
 from src.components.backbone import Backbone
 from src.components.kernels.registry import forget_backends, used_backends
-from src.config import ConfigError, check, check_complete, config_hash, instantiate, suggest, to_plain
+from src.config import ConfigError, check, check_complete, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.evaluation.statistics import intervals
 from src.modules.language_model import LanguageModel
+from src.reporting.registry import Recorded, peak_memory_bytes, write_json
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,12 @@ def run(config: DictConfig) -> dict[str, float]:
     checkpoint = _resume_from(plain)
     if plain["train"]:
         refuse_foreign_checkpoints(output_dir, checkpoint)
+    with Recorded(output_dir, experiment_hash(plain), checkpoint):
+        return _run(plain, output_dir, checkpoint)
 
+
+def _run(plain: dict[str, Any], output_dir: Path, checkpoint: str | None) -> dict[str, float]:
+    identity = experiment_hash(plain)
     L.seed_everything(plain["seed"], verbose=False)
     forget_backends()
     trainer = build_trainer(plain)
@@ -73,7 +79,7 @@ def run(config: DictConfig) -> dict[str, float]:
         trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
         metrics |= trainer.callback_metrics
     result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
-    record(output_dir, plain, module, datamodule, trainer, result, time.perf_counter() - started)
+    record(output_dir, plain["name"], identity, module, datamodule, trainer, result, time.perf_counter() - started)
     return result
 
 
@@ -230,28 +236,35 @@ def introduce(plain: dict[str, Any], net: Backbone, datamodule: StreamDataModule
 @rank_zero_only
 def record(
     output_dir: Path,
-    plain: dict[str, Any],
+    name: str,
+    identity: str,
     module: LanguageModel,
     datamodule: StreamDataModule,
     trainer: L.Trainer,
     metrics: dict[str, float],
     seconds: float,
 ) -> None:
-    """Writes ``results.json``: what was measured, of what, with which kernels."""
-    net = module.net
+    """Writes ``results.json``: what was measured, of what, with which kernels, at what cost."""
+    net, tokens = module.net, trainer.global_step * datamodule.batch_size * datamodule.window
+    flops = net.flops_per_token(datamodule.window - 1)
+    clock = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
     result = {
-        "name": plain["name"],
-        "config_hash": config_hash({k: v for k, v in plain.items() if k not in ("paths", "logger", "callbacks")}),
+        "name": name,
+        "config_hash": identity,
         "data": datamodule.fingerprint(),
         "parameters": net.count_parameters(),
-        "flops_per_token": net.flops_per_token(datamodule.window - 1),
+        "flops_per_token": flops,
         "state_size": net.state_size(datamodule.window - 1),
         "backends": used_backends(),
         "steps": trainer.global_step,
+        "tokens": tokens,
+        "training_flops": 3 * flops * tokens,
+        "tokens_per_second": clock.rate if clock else None,
+        "peak_memory_bytes": peak_memory_bytes(trainer.strategy.root_device),
         "seconds": round(seconds, 3),
         "torch": torch.__version__,
         "metrics": metrics,
         "intervals": intervals(module.counts),
         "chance": datamodule.chance(),
     }
-    (output_dir / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(output_dir / "results.json", result)

@@ -13,10 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from src.config import ConfigError, config_hash
-
-# Where things are written, and how rank 0 was started, may differ; what is computed may not.
-_LOCAL = ("paths", "logger", "callbacks")
+from src.config import ConfigError, experiment_hash
 
 
 class ConfigAgreement(Callback):
@@ -26,9 +23,7 @@ class ConfigAgreement(Callback):
         """Gathers the hashes."""
         if trainer.world_size == 1:
             return
-        config = {key: value for key, value in getattr(pl_module, "config", {}).items() if key not in _LOCAL}
-        config["trainer"] = {k: v for k, v in config.get("trainer", {}).items() if k != "default_root_dir"}
-        own = config_hash(config)
+        own = experiment_hash(getattr(pl_module, "config", {}))
         everyone: list[Any] = [None] * trainer.world_size
         torch.distributed.all_gather_object(everyone, own)
         print(f"rank {trainer.global_rank}: config {own}", flush=True)

@@ -15,11 +15,20 @@ from src.modules.language_model import is_log_step
 class Throughput(Callback):
     """Logs ``train/tokens_per_second`` (all ranks together) over the steps since the last log.
 
-    Counts every token that the model read, window by window, whether or not its loss counts.
+    Counts every token that the model read, window by window, whether or not its loss counts. ``rate`` is that of the whole
+    run, its first logging interval (compilation, warm-up) left out if there is another.
     """
 
     def __init__(self) -> None:
         self.tokens, self.seconds, self.started = 0, 0.0, 0.0
+        self.rates: list[tuple[int, float]] = []  # tokens of all ranks and seconds, by logging interval
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second of the run so far; None before the first log."""
+        counted = self.rates[1:] or self.rates
+        seconds = sum(seconds for _, seconds in counted)
+        return sum(tokens for tokens, _ in counted) / seconds if seconds else None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -38,7 +47,9 @@ class Throughput(Callback):
             torch.cuda.synchronize(trainer.strategy.root_device)
         self._stop()
         if self.seconds > 0:
-            rate = self.tokens * trainer.world_size / self.seconds
+            tokens = self.tokens * trainer.world_size
+            self.rates.append((tokens, self.seconds))
+            rate = tokens / self.seconds
             pl_module.log("train/tokens_per_second", torch.tensor(rate), prog_bar=True)
         self.tokens, self.seconds, self.started = 0, 0.0, time.perf_counter()
 

@@ -1,0 +1,38 @@
+"""Which code ran: commit, branch, and what differed from the commit."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@cache
+def git_state() -> dict[str, Any] | None:
+    """Commit, branch, and names and a hash of uncommitted changes; None outside of a git checkout."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines()
+    difference = _git("diff", "HEAD") if changed else None
+    return {
+        "commit": commit,
+        "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
+        "dirty": bool(changed),
+        "changed": [line[3:] for line in changed][:50],
+        "diff_sha256": hashlib.sha256(difference.encode()).hexdigest() if difference else None,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None

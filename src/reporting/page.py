@@ -1,0 +1,207 @@
+"""The report of sweeps: one HTML page that needs nothing but itself, and every number and figure of it as CSV, LaTeX and PNG.
+
+    <folder>/index.html      what people read
+    <folder>/tables/         *.csv, *.tex
+    <folder>/figures/        *.png
+
+Numbers become tables (``tables.py``), tables become figures (``figures.py``, ``pictures.py``) and files (``exports.py``); the
+templates in ``templates/`` put them on the page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from src.reporting.exports import export_tables, slugs, write_csv
+from src.reporting.figures import Figure
+from src.reporting.leaderboard import leaderboards
+from src.reporting.palette import THEMES, looks, on_scale, scale
+from src.reporting.pictures import draw_pictures
+from src.reporting.published import beside
+from src.reporting.registry import Run, runs_table
+from src.reporting.results import SweepResults
+from src.reporting.sections import Section
+from src.reporting.tables import SweepTables
+from src.reporting.wording import BEST, MEAN, known, number, rate, title
+from src.sweeps.cost import duration
+
+TEMPLATES = Path(__file__).parent / "templates"
+SHOWN_METRICS = ("test/accuracy", "test/bits_per_parameter", "test/bits_per_byte", "test/loss", "val/loss")
+
+
+def write_report(sweeps: list[SweepResults], folder: Path, runs: Sequence[Run] = ()) -> Path:
+    """Writes the page and its twins.
+
+    Args:
+        sweeps: what is reported, in this order.
+        folder: becomes ``index.html``, ``tables`` and ``figures``; files of an earlier report are overwritten.
+        runs: outside of sweeps, for a plain table.
+
+    Returns:
+        Path of ``index.html``.
+    """
+    tables = [SweepTables(sweep) for sweep in sweeps]
+    page = _Page(folder, tables)
+    sections = [page.section(table) for table in tables]
+    boards, board_lines = leaderboards({page.slugs[title(t.sweep)]: t for t in tables}, page.tasks)
+    board_files = []
+    if board_lines:
+        write_csv(board_lines, folder / "tables" / "leaderboard.csv")
+        board_files = [("CSV", "tables/leaderboard.csv")]
+    context = {"sweeps": sections, "boards": boards, "board_files": board_files, "outside": outside(runs, folder)}
+    path = folder / "index.html"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(page.render(context), encoding="utf-8")
+    return path
+
+
+class _Page:
+    """Collects what the sections of sweeps put on the page."""
+
+    def __init__(self, folder: Path, tables: Sequence[SweepTables]):
+        self.folder = folder
+        self.slugs = slugs(title(table.sweep) for table in tables)
+        self.tasks = {task: i for i, task in enumerate(dict.fromkeys(task for table in tables for task in table.tasks))}
+        self.task_slugs = slugs(self.tasks)
+        self.looks = looks(table.variants for table in tables)
+        self.figures: dict[str, Figure] = {}
+        self.cells: dict[str, list[dict[str, Any]]] = {}
+
+    def section(self, tables: SweepTables) -> dict[str, Any]:
+        """Writes the files of a sweep; returns what the template shows of it."""
+        slug = self.slugs[title(tables.sweep)]
+        published = beside(tables)
+        names = export_tables(tables, published[0], slug, self.folder / "tables")
+        pictures = draw_pictures(tables, self.looks, slug, self.task_slugs, self.folder / "figures")
+        files = {kind: _links("tables", found) for kind, found in names.items()}
+        for kind, found in pictures.items():
+            files[kind] = files.get(kind, []) + _links("figures", found)
+        section = Section(tables, slug, self.tasks, self.looks, files, published, self.add)
+        self.cells[slug] = section.cells()
+        return section.context()
+
+    def add(self, figure: Figure | None) -> dict[str, Any] | None:
+        """Puts a figure on the page; returns its id there and its height."""
+        if figure is None:
+            return None
+        name = f"figure-{len(self.figures) + 1}"
+        self.figures[name] = figure
+        rows = figure.get("rows")
+        height = rows["extra"] + rows["height"] * len(rows["ids"]) if rows else figure["layout"]["height"]
+        return {"id": name, "height": height}
+
+    def render(self, context: Mapping[str, Any]) -> str:
+        """The HTML."""
+        from plotly.offline import get_plotlyjs
+
+        themes = tuple(THEMES)
+        scales = {theme: scale(theme) for theme in themes}
+        inks = {
+            theme: [on_scale(theme, i / (len(scales[theme]) - 1))[1] for i in range(len(scales[theme]))]
+            for theme in themes
+        }
+        data = {"figures": self.figures, "cells": self.cells, "themes": THEMES, "scales": scales, "inks": inks}
+        environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
+        return environment.get_template("report.html.j2").render(
+            **context,
+            **headline(context["sweeps"]),
+            tasks=list(self.tasks),
+            looks=self.looks,
+            themes=THEMES,
+            scales=scales,
+            mean_name=MEAN,
+            best_name=BEST,
+            when=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+            css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+            js=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+            plotly=Markup(get_plotlyjs()),
+            data=embedded(data),
+        )
+
+
+def headline(sections: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Title of the page and a sentence about all of it."""
+    if not sections:
+        return {
+            "title": "Report of runs",
+            "heading": "Report of runs",
+            "summary": "There are no sweeps here, only single runs.",
+        }
+    done, planned = (sum(section[key] for section in sections) for key in ("finished", "planned"))
+    many = len(sections) > 1
+    summary = f"{len(sections)} sweep{'s' if many else ''}, {done} of {planned} runs finished."
+    if done < planned:
+        summary += " Numbers of cells with unfinished runs may still change."
+    heading = "Report of sweeps" if many else f"Report of {sections[0]['name']}"
+    return {"title": f"{heading}, Canon Lab", "heading": heading, "summary": summary}
+
+
+def outside(runs: Iterable[Run], folder: Path) -> dict[str, Any] | None:
+    """The table of runs that belong to no sweep."""
+    lines = [{str(key): value for key, value in line.items()} for line in runs_table(runs).to_dict("records")]
+    if not lines:
+        return None
+    write_csv(
+        [{k: v if isinstance(v, str) or known(v) else None for k, v in line.items()} for line in lines],
+        folder / "tables" / "runs.csv",
+    )
+    metrics = [metric for metric in SHOWN_METRICS if any(known(line.get(metric)) for line in lines)][:3]
+    columns = [
+        "folder",
+        "name",
+        "status",
+        "data",
+        "canon",
+        "seed",
+        "learning rate",
+        "parameters",
+        "wall time",
+        *metrics,
+    ]
+    shown = [
+        [
+            *(
+                line[key] if isinstance(line[key], str) and line[key] else "–"
+                for key in ("folder", "name", "status", "data", "canon")
+            ),
+            f"{line['seed']:.0f}" if known(line["seed"]) else "–",
+            rate(line["learning_rate"]),
+            f"{line['parameters']:,.0f}" if known(line["parameters"]) else "–",
+            duration(line["seconds"]) if known(line["seconds"]) else "–",
+            *(number(line.get(metric)) for metric in metrics),
+        ]
+        for line in lines
+    ]
+    return {"columns": columns, "lines": shown, "files": [("CSV", "tables/runs.csv")]}
+
+
+def embedded(data: Any) -> Markup:
+    """JSON that may stand in a script element whatever names are in it."""
+    text = json.dumps(_plain(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _plain(node: Any) -> Any:
+    """Six digits are more than a screen shows; JSON knows no infinity."""
+    if isinstance(node, Mapping):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_plain(value) for value in node]
+    if isinstance(node, float):
+        return float(f"{node:.6g}") if math.isfinite(node) else None
+    return node
+
+
+def _links(folder: str, names: Iterable[str]) -> list[tuple[str, str]]:
+    kinds = {"csv": "CSV", "tex": "LaTeX", "png": "PNG"}
+    return [(kinds[name.rpartition(".")[2]], f"{folder}/{name}") for name in names]

@@ -1,0 +1,297 @@
+"""From the runs of a sweep to numbers one can trust: cells, differences, verdicts.
+
+A *cell* is a task, a variant and the values of all axes but seed and learning rate. It has two scores, which are never mixed:
+
+- **mean over seeds at the best learning rate**: the rate is the one whose mean over seeds is best on the *validation* set;
+  this is what differences and verdicts use, paired by seed;
+- **best over learning rates**: the best single run on the test set, which is what the paper reports. It grows with the number
+  of runs, so compare it only between cells with as many.
+
+A *verdict* on a statement ("A scores at least 0.3 more than B"), from the interval of the paired differences:
+
+    confirmed      both the Student and the bootstrap interval lie at or above what was said
+    contradicted   both lie below it
+    inconclusive   anything else, or fewer than two pairs of runs
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from src.reporting.registry import COSTS, FINISHED, Run
+from src.reporting.statistics import Difference, Interval, difference, student_interval
+from src.sweeps.plan import Job, Statement, Sweep, is_repetition
+
+CONFIRMED, CONTRADICTED, INCONCLUSIVE = "confirmed", "contradicted", "inconclusive"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was measured of a variant on a task."""
+
+    task: str
+    variant: str
+    others: dict[str, Any]  # axes but seed and learning rate
+    metric: str
+    lower_is_better: bool
+    rate: float  # the best learning rate
+    by_seed: dict[int, float]  # test score at that rate
+    best: float  # best single run over learning rates and seeds
+    runs: int  # finished, of all learning rates
+    planned: int
+    by_rate: dict[float, dict[int, float]] = field(repr=False)  # learning rate -> seed -> test score
+    folders: dict[str, str] = field(repr=False)  # "rate/seed" -> folder
+    costs: dict[str, float] = field(repr=False)  # means over the runs at the best rate
+    commands: list[str] = field(repr=False)  # that repeat the runs at the best rate
+
+    @property
+    def mean(self) -> float:
+        """Over seeds, at the best learning rate."""
+        return sum(self.by_seed.values()) / len(self.by_seed)
+
+    @property
+    def interval(self) -> Interval:
+        """95% Student interval of the mean over seeds."""
+        return student_interval(list(self.by_seed.values()))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A statement and what became of it."""
+
+    statement: Statement
+    task: str
+    metric: str
+    outcome: str
+    difference: Difference | None
+    best_difference: float | None  # of the best runs over learning rates
+    reason: str
+
+    def __str__(self) -> str:
+        said = f"{self.statement.better} vs {self.statement.than}, {self.task}, {self.metric}: by at least {self.statement.by:g}"
+        return f"{self.outcome:<13} {said}: {self.reason}"
+
+
+class SweepResults:
+    """The plan of a sweep, as it was written down, and the runs that exist of it.
+
+    Args:
+        path: ``manifest.json``.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.plan: dict[str, Any] = json.loads(path.read_text())
+        self.statements = [Statement(**item) for item in self.plan["expect"]]
+
+    @property
+    def name(self) -> str:
+        """Such as results/R3."""
+        return self.plan["name"]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row a job: task, variant, axes, status, ``value`` (test), ``selection`` (validation), costs, folder, command."""
+        rows = []
+        for job in self.plan["jobs"]:
+            run = Run(self.path.parent / job["folder"])
+            metric, selection = self.plan["metrics"][job["task"]], self.plan["selections"][job["task"]]
+            done = run.status == FINISHED and run.results.get("config_hash") == job["name"]
+            rows.append(
+                {
+                    "job": job["name"],
+                    "task": job["task"],
+                    "variant": job["variant"],
+                    "seed": job["seed"],
+                    "learning_rate": job["learning_rate"],
+                    "others": json.dumps(
+                        {k: v for k, v in job["settings"].items() if not is_repetition(k)}, sort_keys=True
+                    ),
+                    "status": FINISHED if done else run.status if run.record else "planned",
+                    "value": run.metrics.get(metric) if done else None,
+                    "selection": run.metrics.get(selection) if done else None,
+                    "folder": str(run.folder),
+                    "command": job["command"],
+                }
+                | {key: run.results.get(key) if done else None for key in COSTS}
+            )
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Of every task, variant and other setting of which something is finished, in the order of the plan."""
+        found = []
+        for (task, variant, others), rows in self.table.groupby(["task", "variant", "others"], sort=False):
+            done = rows.dropna(subset=["value"])
+            if len(done):
+                found.append(self._cell(str(task), str(variant), json.loads(str(others)), done, len(rows)))
+        return found
+
+    def _cell(self, task: str, variant: str, others: dict[str, Any], done: pd.DataFrame, planned: int) -> Cell:
+        lower = self.lower_is_better(task)
+        chosen = done.dropna(subset=["selection"])
+        chosen = chosen if len(chosen) else done.assign(selection=done["value"])
+        # A rate that diverges on one seed is no better for having fewer runs counted: unfinished runs are the report's to show.
+        means = chosen.groupby("learning_rate")["selection"].mean()
+        rate = float(means.idxmin() if lower else means.idxmax())
+        at_best = done[done["learning_rate"] == rate]
+        by_rate: dict[float, dict[int, float]] = {}
+        for row in done.itertuples():
+            by_rate.setdefault(float(row.learning_rate), {})[int(row.seed)] = float(row.value)
+        return Cell(
+            task=task,
+            variant=variant,
+            others=others,
+            metric=self.plan["metrics"][task],
+            lower_is_better=lower,
+            rate=rate,
+            by_seed=by_rate[rate],
+            best=float(done["value"].min() if lower else done["value"].max()),
+            runs=len(done),
+            planned=planned,
+            by_rate=by_rate,
+            folders={f"{row.learning_rate}/{row.seed}": str(row.folder) for row in done.itertuples()},
+            costs={key: float(at_best[key].astype(float).mean()) for key in COSTS if at_best[key].notna().any()},
+            commands=list(at_best["command"]),
+        )
+
+    def lower_is_better(self, task: str) -> bool:
+        """For losses, perplexities, bits per byte and divergences."""
+        return lower_is_better(self.plan["metrics"][task])
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """One for each statement and task."""
+        found = []
+        for statement in self.statements:
+            tasks = [statement.task] if statement.task else list(self.plan["metrics"])
+            found += [self._verdict(statement, task) for task in tasks]
+        return found
+
+    def _verdict(self, statement: Statement, task: str) -> Verdict:
+        metric = self.plan["metrics"][task]
+        sides = [
+            [c for c in self.cells if (c.task, c.variant) == (task, name)]
+            for name in (statement.better, statement.than)
+        ]
+        outcome, reason, found = INCONCLUSIVE, "runs are missing", None
+        best = None
+        if all(sides):
+            found = compare(*sides)
+            best = _best(sides[0]) - _best(sides[1])
+            if self.lower_is_better(task):
+                best = -best
+        if found is not None:
+            outcome, reason = judge(found, statement.by)
+        return Verdict(statement, task, metric, outcome, found, best, reason)
+
+    @property
+    def outcome(self) -> str:
+        """Of all statements together: confirmed if each is, contradicted if one is."""
+        outcomes = {verdict.outcome for verdict in self.verdicts}
+        if not outcomes:
+            return "nothing was said"
+        return CONTRADICTED if CONTRADICTED in outcomes else CONFIRMED if outcomes == {CONFIRMED} else INCONCLUSIVE
+
+
+def compare(better: list[Cell], than: list[Cell]) -> Difference | None:
+    """Paired differences of two variants on a task, each at its best learning rate; positive where the first is better.
+
+    Pairs share the seed and all other settings. None when no pair is finished on both sides.
+    """
+
+    def scores(cells: list[Cell]) -> dict[tuple[int, str], float]:
+        return {
+            (seed, json.dumps(cell.others, sort_keys=True)): -value if cell.lower_is_better else value
+            for cell in cells
+            for seed, value in cell.by_seed.items()
+        }
+
+    a, b = scores(better), scores(than)
+    return difference(a, b) if a.keys() & b.keys() else None
+
+
+def judge(found: Difference, by: float) -> tuple[str, str]:
+    """The outcome of "at least ``by`` more", and the numbers behind it."""
+    low, high = min(found.student.low, found.bootstrap.low), max(found.student.high, found.bootstrap.high)
+    numbers = (
+        f"{found.mean:+.3f}, 95% t [{found.student.low:+.3f}, {found.student.high:+.3f}], "
+        f"bootstrap [{found.bootstrap.low:+.3f}, {found.bootstrap.high:+.3f}], {found.pairs} pairs"
+    )
+    if found.pairs < 2:
+        return INCONCLUSIVE, f"{found.mean:+.3f}, one pair of runs has no interval"
+    return (CONFIRMED if low >= by else CONTRADICTED if high < by else INCONCLUSIVE), numbers
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric, by its name, is a loss."""
+    last = metric.rpartition("/")[2]
+    return last in ("loss", "bits_per_byte", "kl", "perplexity", "leaked") or last.endswith("_loss")
+
+
+def _best(cells: list[Cell]) -> float:
+    """Mean over other settings of the best run."""
+    return sum(cell.best for cell in cells) / len(cells)
+
+
+def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[Job], root: Path) -> None:
+    """Writes down the plan of a sweep, whole enough for a report to need nothing else but the runs.
+
+    Args:
+        path: ``manifest.json``; folders of jobs are stored relative to it, so that logs/ can be moved as a whole.
+        name: of the sweep.
+        scale: of the sweep.
+        sweep: the plan.
+        jobs: of the plan.
+        root: folder of all jobs.
+    """
+    import os
+
+    from src.reporting.registry import write_json
+
+    content: dict[str, Any] = {
+        "name": name,
+        "scale": scale,
+        "title": sweep.title,
+        "note": sweep.note,
+        "source": sweep.source,
+        "metrics": {task: sweep.metric_of(task) for task in sweep.tasks},
+        "selections": {task: sweep.selection_of(task) for task in sweep.tasks},
+        "variants": list(sweep.variants),
+        "axes": sweep.axes,
+        "expect": [asdict(statement) for statement in sweep.expect],
+        "match": asdict(sweep.match) if sweep.match else None,
+        "published": sweep.published,
+        "command": f"python src/sweep.py sweep={name}" + (f" scale={scale}" if scale else ""),
+        "jobs": [
+            {
+                "name": job.name,
+                "task": job.task,
+                "variant": job.variant,
+                "settings": job.settings,
+                "seed": job.seed,
+                "learning_rate": job.learning_rate,
+                "folder": os.path.relpath(job.folder(root), path.parent),
+                "command": job.command,
+            }
+            for job in jobs
+        ],
+    }
+    write_json(path, content)
+
+
+def find_sweeps(root: Path) -> list[SweepResults]:
+    """All sweeps whose manifest lies below a folder, by name."""
+    return sorted((SweepResults(path) for path in root.rglob("manifest.json")), key=lambda s: (s.name, s.plan["scale"]))
+
+
+def pairs(mapping: Mapping[str, Any]) -> str:
+    """Settings in a line."""
+    return ", ".join(f"{key}={value}" for key, value in mapping.items())

@@ -1,0 +1,276 @@
+"""The tables of a sweep: every number that a report shows, in long form. Figures are drawn from them, CSV files hold them.
+
+A *row* is a task and a setting (all axes but seed and learning rate), a row of the heat map; with a variant it is a cell.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from functools import cached_property
+from itertools import combinations
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from src.reporting.registry import COSTS, FINISHED, Run
+from src.reporting.results import Cell, SweepResults, compare
+from src.reporting.statistics import Difference, holm
+from src.reporting.wording import in_words, known, short_settings
+
+MOST_POINTS = 300  # of a curve; beyond that, neighbouring steps are averaged
+OTHER = "of another configuration"
+RATE_KEYS = ("task", "setting", "variant", "learning_rate")
+GROUP = re.compile(r"test/accuracy/([A-Za-z_]+)(\d+)\+?")  # hop4, depth6+
+
+
+Line = dict[str, Any]  # of a table
+
+
+class Row(NamedTuple):
+    """A task and a setting."""
+
+    task: str
+    setting: str
+
+
+class SweepTables:
+    """The tables of one sweep.
+
+    Args:
+        sweep: its plan and runs.
+    """
+
+    def __init__(self, sweep: SweepResults):
+        self.sweep = sweep
+        self.variants: list[str] = list(sweep.plan["variants"])
+        self.tasks: list[str] = list(sweep.plan["metrics"])
+
+    @cached_property
+    def jobs(self) -> list[Line]:
+        """One line a job: what the plan says, how it stands, what it scored, its command."""
+        found: list[Line] = [
+            {str(key): value for key, value in line.items()} for line in self.sweep.table.to_dict("records")
+        ]
+        for line in found:
+            for key in ("value", "selection", *COSTS):
+                line[key] = line[key] if known(line[key]) else None
+            if line["status"] == FINISHED and line["steps"] is None:
+                # It has ended well but has nothing to give: other code or another configuration has run in the job's folder.
+                line["status"] = OTHER
+            line["setting"] = short_settings(json.loads(line["others"]))
+            line["error"] = self.runs[line["folder"]].record.get("error") or ""
+        return found
+
+    @cached_property
+    def runs(self) -> dict[str, Run]:
+        """The runs by folder, whether or not there is anything."""
+        return {folder: Run(folder) for folder in self.sweep.table["folder"]}
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All of the plan: tasks in its order, and their settings."""
+        found = dict.fromkeys(Row(line["task"], line["setting"]) for line in self.jobs)
+        return sorted(found, key=lambda row: self.tasks.index(row.task))
+
+    @cached_property
+    def cells(self) -> dict[tuple[Row, str], Cell]:
+        """What has been measured, by row and variant."""
+        return {(Row(c.task, short_settings(c.others)), c.variant): c for c in self.sweep.cells}
+
+    def runs_of(self, cell: Cell) -> list[Run]:
+        """The finished runs of a cell at its best learning rate, by seed."""
+        return [self.runs[cell.folders[f"{cell.rate}/{seed}"]] for seed in sorted(cell.by_seed)]
+
+    def chance(self, row: Row, metric: str | None = None) -> float | None:
+        """What guessing scores on a row, if a finished run says so."""
+        name = (metric or self.sweep.plan["metrics"][row.task]).partition("/")[2]
+        for variant in self.variants:
+            if (row, variant) in self.cells:
+                for run in self.runs_of(self.cells[row, variant]):
+                    if (found := (run.results.get("chance") or {}).get(name)) is not None:
+                        return float(found)
+        return None
+
+    @cached_property
+    def scores(self) -> list[Line]:
+        """One line a cell: both scores, the interval, seeds, what is unfinished, costs."""
+        found = []
+        for row in self.rows:
+            for variant in self.variants:
+                if jobs := of_row(self.jobs, row, variant):
+                    found.append(self._score(row, variant, jobs, self.cells.get((row, variant))))
+        return found
+
+    def _score(self, row: Row, variant: str, jobs: list[Line], cell: Cell | None) -> Line:
+        left = Counter(job["status"] for job in jobs if job["value"] is None)
+        low, high = cell.interval if cell else (None, None)
+        at_rate = [job for job in jobs if cell is None or job["learning_rate"] == cell.rate]
+        return {
+            "task": row.task,
+            "setting": row.setting,
+            "variant": variant,
+            "metric": self.sweep.plan["metrics"][row.task],
+            "lower_is_better": self.sweep.lower_is_better(row.task),
+            "mean": cell.mean if cell else None,
+            "low": finite(low),
+            "high": finite(high),
+            "seeds": len(cell.by_seed) if cell else 0,
+            "seeds_planned": len({job["seed"] for job in at_rate}),
+            "learning_rate": cell.rate if cell else None,
+            "best": cell.best if cell else None,
+            "runs": sum(job["value"] is not None for job in jobs),
+            "planned": len(jobs),
+            "unfinished": ", ".join(f"{count} {status}" for status, count in left.items()),
+            "chance": self.chance(row),
+        } | {key: cell.costs.get(key) if cell else None for key in COSTS}
+
+    @cached_property
+    def seeds(self) -> list[Line]:
+        """One line a finished run: scores on the test and the validation set over learning rates and seeds."""
+        columns = ("task", "setting", "variant", "learning_rate", "seed", "value", "selection")
+        return [
+            {key: job[key] for key in columns}
+            | {"chosen": job["learning_rate"] == self.cells[Row(job["task"], job["setting"]), job["variant"]].rate}
+            for job in self.jobs
+            if job["value"] is not None
+        ]
+
+    @cached_property
+    def rates(self) -> list[Line]:
+        """One line a cell and learning rate: means over seeds, and which rate was chosen."""
+        groups: dict[tuple[Any, ...], list[Line]] = {}
+        for line in self.seeds:
+            groups.setdefault(tuple(line[key] for key in RATE_KEYS), []).append(line)
+        found = []
+        for key, lines in sorted(groups.items(), key=lambda item: self._place(item[0])):
+            selections = [line["selection"] for line in lines if line["selection"] is not None]
+            found.append(
+                dict(zip(RATE_KEYS, key, strict=True))
+                | {"mean": fmean(line["value"] for line in lines), "seeds": len(lines), "chosen": lines[0]["chosen"]}
+                | {"selection": fmean(selections) if selections else None}
+            )
+        return found
+
+    def _place(self, key: tuple[Any, ...]) -> tuple[int, int, float]:
+        task, setting, variant, learning_rate = key
+        return self.rows.index(Row(task, setting)), self.variants.index(variant), learning_rate
+
+    @cached_property
+    def curves(self) -> list[Line]:
+        """Training loss and the validation metric over steps at the best learning rate: mean, lowest and highest of the seeds."""
+        found = []
+        for (row, variant), cell in self.cells.items():
+            for quantity in ("train/loss", self.sweep.plan["selections"][row.task]):
+                curves = {i: run.curve(quantity) for i, run in enumerate(self.runs_of(cell))}
+                band = _band(pd.DataFrame(curves))
+                found += [
+                    {"task": row.task, "setting": row.setting, "variant": variant, "quantity": quantity} | point
+                    for point in band
+                ]
+        return found
+
+    @cached_property
+    def groups(self) -> list[Line]:
+        """Accuracy by difficulty, from metrics such as test/accuracy/hop4: mean, lowest and highest of the seeds."""
+        found = []
+        for (row, variant), cell in self.cells.items():
+            values: dict[tuple[str, int, str], list[float]] = {}
+            for run in self.runs_of(cell):
+                for metric, value in run.metrics.items():
+                    if (match := GROUP.fullmatch(metric)) and known(value):
+                        values.setdefault((match[1], int(match[2]), metric), []).append(value)
+            found += [
+                {"task": row.task, "setting": row.setting, "variant": variant, "group": group, "number": level}
+                | {"mean": fmean(scores), "low": min(scores), "high": max(scores)}
+                | {"seeds": len(scores), "chance": self.chance(row, metric)}
+                for (group, level, metric), scores in sorted(values.items())
+            ]
+        return found
+
+    @cached_property
+    def verdicts(self) -> list[Line]:
+        """One line a statement and task."""
+        return [
+            {
+                "statement": in_words(verdict),
+                "task": verdict.task,
+                "metric": verdict.metric,
+                "better": verdict.statement.better,
+                "than": verdict.statement.than,
+                "by": verdict.statement.by,
+                "outcome": verdict.outcome,
+            }
+            | numbers_of(verdict.difference)
+            | {"best_difference": verdict.best_difference, "reason": verdict.reason}
+            for verdict in self.sweep.verdicts
+        ]
+
+    @cached_property
+    def differences(self) -> list[Line]:
+        """One line a task and pair of variants; positive where the first is better. P-values adjusted within the task."""
+        found = []
+        for task in self.tasks:
+            of = {name: [c for c in self.sweep.cells if (c.task, c.variant) == (task, name)] for name in self.variants}
+            pairs = []
+            for than, better in combinations(self.variants, 2):
+                if difference := compare(of[better], of[than]):
+                    head = {"task": task, "metric": self.sweep.plan["metrics"][task], "first": better, "second": than}
+                    pairs.append(head | numbers_of(difference))
+            adjusted = holm([pair["p_value"] for pair in pairs]) if pairs else []
+            found += [pair | {"p_holm": float(p)} for pair, p in zip(pairs, adjusted, strict=True)]
+        return found
+
+
+def numbers_of(difference: Difference | None) -> dict[str, Any]:
+    """Columns of a difference; infinite ends of intervals are left empty."""
+    found = difference
+    return {
+        "difference": found.mean if found else None,
+        "student_low": finite(found.student.low) if found else None,
+        "student_high": finite(found.student.high) if found else None,
+        "bootstrap_low": finite(found.bootstrap.low) if found else None,
+        "bootstrap_high": finite(found.bootstrap.high) if found else None,
+        "pairs": found.pairs if found else 0,
+        "seeds": found.clusters if found else 0,
+        "wins": found.wins if found else 0,
+        "p_value": found.p_value if found else None,
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """None for what is infinite: nothing is known there."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def of_row(lines: list[Line], row: Row, variant: str | None = None) -> list[Line]:
+    """The lines that belong to a row, or to a cell."""
+    return [
+        line
+        for line in lines
+        if (line["task"], line["setting"]) == row and (variant is None or line["variant"] == variant)
+    ]
+
+
+def _band(curves: pd.DataFrame) -> list[Line]:
+    """Mean, lowest and highest over the columns, at the steps that all of them have (or any, if there is none that all have)."""
+    whole = curves.dropna()
+    table = (whole if len(whole) else curves).sort_index()
+    if table.empty:
+        return []
+    values, steps = table.to_numpy(dtype=float), table.index.to_numpy(dtype=float)
+    every = -(-len(steps) // MOST_POINTS)
+    found = []
+    for start in range(0, len(steps), every):
+        part = values[start : start + every]
+        counted = part[:, ~np.isnan(part).all(axis=0)]
+        means = np.nanmean(counted, axis=0)
+        found.append(
+            {"step": int(steps[start : start + every].mean()), "mean": float(means.mean())}
+            | {"low": float(means.min()), "high": float(means.max()), "seeds": len(means)}
+        )
+    return found

@@ -1,0 +1,114 @@
+"""Run a grid of experiments: ``python src/sweep.py sweep=results/R3 scale=smoke``; ``--dry-run`` says what it would cost.
+
+A sweep is a file in ``configs/sweep``. Its jobs are named by the hash of their configuration and run once: started again after whatever
+has happened, the same command finishes only what is missing. At its end stand the verdicts and a report.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+# Run as a script, Python puts src/ itself on the path; the package is one level up.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from src.config import ConfigError, instantiate, to_plain  # noqa: E402
+from src.entry import entrypoint  # noqa: E402
+from src.reporting.results import SweepResults, write_manifest  # noqa: E402
+from src.sweeps.cost import duration, estimates, print_plan  # noqa: E402
+from src.sweeps.jobs import is_finished  # noqa: E402
+from src.sweeps.local import Local  # noqa: E402
+from src.sweeps.plan import Job, Sweep  # noqa: E402
+from src.sweeps.progress import Progress, settings_of  # noqa: E402
+from src.sweeps.search import Search, write_trials  # noqa: E402
+
+
+def sweep(config: DictConfig) -> None:
+    """Plans, runs what is missing, and says what it shows."""
+    plain = to_plain(config)
+    name = HydraConfig.get().runtime.choices.get("sweep")
+    launcher = instantiate(plain["launcher"], "launcher")
+    base = [*(plain["sweep"].get("base") or []), *plain["overrides"]]
+    described: Sweep | Search = instantiate(plain["sweep"] | {"base": base}, "sweep")
+    if isinstance(described, Search):
+        search(described, plain, launcher)
+        return
+    planned = described.at(plain["scale"]).along(plain["axes"] or {})
+    scale = plain["scale"] if described.scales else ""
+    jobs, root = planned.jobs(), Path(plain["jobs_dir"])
+    manifest = Path(plain["paths"]["output_dir"]) / "manifest.json"
+
+    expected = estimates(jobs, root)
+    print_plan(f"{name} {scale}: {planned.title}", jobs, root, expected, launcher.describe(), launcher.workers)
+    if plain["dry_run"]:
+        return
+    write_manifest(manifest, str(name), scale, planned, jobs, root)
+    told = Progress(jobs, root, expected, launcher.workers)
+    try:
+        launcher.run(jobs, root, told)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {told.left()}. The same command goes on", flush=True)
+        sys.exit(130)
+    conclude(manifest, jobs, root, report=plain["report"])
+
+
+def search(described: Search, plain: dict[str, Any], launcher: Any) -> None:
+    """Lets Optuna choose the jobs, and prints what it found."""
+    if not isinstance(launcher, Local):
+        raise ConfigError("launcher: a search runs on this machine, launcher=local")
+    if plain["dry_run"]:
+        print(f"{described.title}: {described.trials} trials over {', '.join(described.space)}, {launcher.describe()}")
+        return
+    folder, root = Path(plain["paths"]["output_dir"]), Path(plain["jobs_dir"])
+
+    def told(job: Job, what: str, seconds: float) -> None:
+        print(f"{job.variant} | {settings_of(job)}: {what}{f' in {duration(seconds)}' if seconds else ''}", flush=True)
+
+    try:
+        study = described.run(launcher, folder, root, told)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", flush=True)
+        sys.exit(130)
+    path = write_trials(study, described, folder)
+    best = study.best_trial
+    chosen = " ".join(
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in best.params.items()
+    )
+    print(f"best {described.metric} {best.value:.4f}: {chosen}\nall trials: {path}")
+
+
+def conclude(manifest: Path, jobs: list[Job], root: Path, report: bool) -> None:
+    """Prints the verdicts and writes the report; exit status 1 if a job has failed."""
+    missing = [job for job in jobs if not is_finished(job, root)]
+    results = SweepResults(manifest)
+    Console().print(f"{results.name}: {results.outcome}", style="bold", highlight=False)
+    for verdict in results.verdicts:
+        print(f"  {verdict}")
+    if report:
+        from src.reporting.page import write_report
+
+        print(f"report: {write_report([results], manifest.parent / 'report')}")
+    for job in missing:
+        print(
+            f"not finished: {job.task}, {job.variant}, {job.settings}; see {job.folder(root) / 'output.log'}",
+            file=sys.stderr,
+        )
+    if missing:
+        sys.exit(1)
+
+
+def _arguments(arguments: list[str]) -> list[str]:
+    """``--dry-run`` is a flag to people; to Hydra it is a value. ``experiment=results/R3`` is what some will type."""
+    replaced = {"--dry-run": "dry_run=true"}
+    found = [replaced.get(argument, argument) for argument in arguments]
+    return ["sweep=" + a.removeprefix("experiment=") if a.startswith("experiment=") else a for a in found]
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = _arguments(sys.argv[1:])
+    entrypoint("sweep", sweep)

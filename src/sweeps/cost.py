@@ -1,0 +1,101 @@
+"""What a sweep will cost, before it is run: from finished runs of the same kind where there are any, else from arithmetic."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from src.build import model_from_config
+from src.config import instantiate
+from src.datamodules.base import StreamDataModule
+from src.reporting.registry import Run
+from src.sweeps.jobs import is_finished
+from src.sweeps.plan import Job, is_repetition
+
+# Floating-point operations per second that training sustains, where nothing has been measured: a small model on a core, and
+# bf16 on a recent datacentre GPU. They are guesses within a factor of three.
+CPU_RATE, GPU_RATE = 3e10, 2e14
+START = 10.0  # seconds: imports, data, the first compilation
+
+
+def estimates(jobs: list[Job], root: Path) -> dict[str, float]:
+    """Seconds by job name; 0 for what is finished.
+
+    Runs of other seeds and learning rates are of the same kind: their median is the estimate.
+    """
+    measured: dict[str, list[float]] = {}
+    done: set[str] = set()
+    for job in jobs:
+        run = Run(job.folder(root))
+        if is_finished(job, root):
+            done.add(job.name)
+            measured.setdefault(_kind(job), []).append(float(run.results["seconds"]))
+    flops = {kind: training_flops(job) for kind, job in {_kind(job): job for job in jobs}.items()}
+    found = {}
+    for job in jobs:
+        kind = _kind(job)
+        guess = START + flops[kind] / (GPU_RATE if on_gpu(job) else CPU_RATE)
+        found[job.name] = 0.0 if job.name in done else statistics.median(measured.get(kind, [guess]))
+    return found
+
+
+def training_flops(job: Job) -> float:
+    """Forward and backward, over the whole run."""
+    data: StreamDataModule = instantiate(job.config["data"], "data")
+    model = job.config["model"] | {"vocab_size": job.config["model"]["vocab_size"] or _vocabulary(job, data)}
+    net = model_from_config(model, device="meta")
+    tokens = job.config["trainer"]["max_steps"] * data.batch_size * data.window
+    return 3.0 * net.flops_per_token(data.window - 1) * tokens
+
+
+def on_gpu(job: Job) -> bool:
+    """Whether a job asks for a GPU."""
+    return job.config["trainer"].get("accelerator") in ("cuda", "gpu")
+
+
+def print_plan(title: str, jobs: list[Job], root: Path, seconds: dict[str, float], where: str, workers: int) -> None:
+    """A row for each task and variant, and the sum."""
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "variant", "runs", "finished", "FLOPs of a run", "time of a run"):
+        table.add_column(column, justify="left" if column in ("task", "variant") else "right")
+    rows: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        rows.setdefault((job.task, job.variant), []).append(job)
+    for (task, variant), members in rows.items():
+        finished = sum(is_finished(job, root) for job in members)
+        times = [seconds[job.name] for job in members if seconds[job.name]]
+        took = [float(Run(j.folder(root)).results["seconds"]) for j in members if is_finished(j, root)]
+        shown = duration(statistics.median(times or took))
+        table.add_row(task, variant, str(len(members)), str(finished), f"{training_flops(members[0]):.1e}", shown)
+    console = Console()
+    console.print(table)
+    total = sum(seconds.values())
+    left = sum(value > 0 for value in seconds.values())
+    console.print(
+        f"{left} of {len(jobs)} jobs to run, {where}: about {duration(total)} of work, {duration(total / workers)} in all",
+        highlight=False,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Such as 42 s, 12 min, 3.5 h, 2.1 days."""
+    for limit, unit, name in ((100, 1, "s"), (100 * 60, 60, "min"), (72 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}" if name != "h" else f"{seconds / unit:.1f} h"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def _kind(job: Job) -> str:
+    free = {key for key in job.settings if is_repetition(key)}
+    return json.dumps([job.task, job.variant, {k: v for k, v in job.settings.items() if k not in free}], sort_keys=True)
+
+
+def _vocabulary(job: Job, data: StreamDataModule) -> int:
+    """The data's; a corpus would have to be tokenised first, so that its tokeniser's nominal size is taken."""
+    section: dict[str, Any] = job.config["data"]
+    return data.vocab_size if "task" in section else int(section.get("tokenizer_size") or 256)

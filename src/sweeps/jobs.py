@@ -1,0 +1,98 @@
+"""The folder of a job: what is there already, who is working on it, and how to start it.
+
+A job's folder is a run's folder (``src/reporting/registry.py``) and ``job.lock``. Whoever holds the lock runs the job. The lock is
+inherited by the job's own process, so it lasts as long as that: when a sweep is killed its jobs go on, and the next sweep
+waits for them instead of starting them again. Several sweeps may share the work, on one machine or on a shared file system.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from src.reporting.registry import FINISHED, Run
+from src.sweeps.plan import Job
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Lock:
+    """An exclusive lock on a job's folder; released by ``release``, and by the end of every process that has inherited it."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "job.lock"
+        self._file: int | None = None
+
+    def acquire(self) -> bool:
+        """Takes the lock unless somebody else has it."""
+        if self._file is not None:
+            return True
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return False
+        self._file = descriptor
+        return True
+
+    @property
+    def descriptor(self) -> int:
+        """The open file that a child process has to inherit to hold the lock too."""
+        assert self._file is not None, "not acquired"
+        return self._file
+
+    def release(self) -> None:
+        """Gives this process's share of the lock back."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+class Start(NamedTuple):
+    """How to start a job."""
+
+    command: list[str]
+    step: int  # from which it goes on
+
+
+def is_finished(job: Job, root: Path) -> bool:
+    """Whether a run of exactly this configuration has ended well."""
+    run = Run(job.folder(root))
+    return run.status == FINISHED and run.results.get("config_hash") == job.name
+
+
+def start_of(job: Job, root: Path) -> Start:
+    """The command that runs a job, from its newest whole checkpoint on where there is one. To be called with the lock held."""
+    folder = job.folder(root)
+    command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, f"hydra.run.dir={folder}"]
+    checkpoint = _newest_checkpoint(folder / "checkpoints", job.config["trainer"]["max_steps"])
+    if checkpoint is not None:
+        step, path = checkpoint
+        return Start([*command, f"ckpt_path={path}"], step)
+    if any((folder / "checkpoints").glob("*.ckpt")):
+        # Nothing in there can be gone on from: training had ended, or the files are not whole. A new run wants a folder without them.
+        _set_aside(folder / "checkpoints")
+    return Start(command, 0)
+
+
+def _newest_checkpoint(folder: Path, max_steps: int) -> tuple[int, Path] | None:
+    """The last step before the end of training of which there is a whole file, and that file."""
+    found = []
+    for path in folder.glob("step*.ckpt"):
+        match = re.fullmatch(r"step(\d+)\.ckpt", path.name)
+        # A checkpoint is a zip archive, whose directory is written last.
+        if match and int(match[1]) < max_steps and zipfile.is_zipfile(path):
+            found.append((int(match[1]), path))
+    return max(found, default=None)
+
+
+def _set_aside(folder: Path) -> None:
+    number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
+    folder.rename(folder.with_name(f"{folder.name}.{number}"))

@@ -1,0 +1,382 @@
+"""What a sweep runs: tasks x variants x axes, each combination a job that is named by the hash of its configuration.
+
+A sweep is a YAML file (``configs/sweep``); the class below is its schema:
+
+    title: NoPE with Canon layers rises to RoPE with them
+    tasks: {Depo: [experiment=quickstart]}                       # what is asked
+    variants:                                                    # what is compared
+      NoPE: [position=nope, "canon.positions=''"]
+      NoPE + Canon: [position=nope, canon.positions=ABCD]
+    axes: {optimizer.lr: [2e-3, 4e-3], "seed,data.seed": [1, 2, 3]}   # what each of them is run with
+    expect:
+      - {better: NoPE + Canon, than: NoPE, by: 0.3}
+
+Jobs of the same configuration are the same job: what one sweep has run, another finds done.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Transformer
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from src.build import CONFIG_DIR, compose_config, swept_over
+from src.config import ConfigError, experiment_hash, suggest, to_plain
+from src.matching import match_model
+from src.run import checked
+
+SEED, LEARNING_RATE = "seed", "optimizer.lr"
+RECIPE = "recipe"
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A checkable statement: ``better`` scores at least ``by`` more than ``than``.
+
+    With a negative ``by`` it says that something is at most so much worse. Scores are those of the best learning rate of
+    each, paired by seed.
+
+    Args:
+        better: a variant.
+        than: another.
+        by: least difference.
+        task: on which of the tasks; None for every one of them, which makes one statement each.
+        metric: None for the task's.
+        lower_is_better: such as losses and perplexities.
+    """
+
+    better: str
+    than: str
+    by: float = 0.0
+    task: str | None = None
+    metric: str | None = None
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Match:
+    """Makes variants as large as one of them.
+
+    Args:
+        budget: parameters, flops (per token) or state.
+        to: the variant that stays as it is.
+        change: width or depth of the others.
+    """
+
+    budget: str
+    to: str
+    change: str = "width"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    task: str
+    variant: str
+    settings: dict[str, Any]  # of the axes
+    overrides: list[str]  # of configs/train.yaml
+    config: dict[str, Any]  # resolved
+    name: str  # hash of the configuration
+
+    @property
+    def seed(self) -> int:
+        """Of weights and data order: what runs of different variants are paired by."""
+        return self.config["seed"]
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate."""
+        return self.config["optimizer"]["lr"]
+
+    def folder(self, root: Path) -> Path:
+        """Where the run is, below the folder of all jobs."""
+        return root / self.name
+
+    @property
+    def command(self) -> str:
+        """What a shell would run again, from the folder of the repository."""
+        return "python src/train.py " + " ".join(shlex.quote(override) for override in self.overrides)
+
+
+def is_repetition(keys: str) -> bool:
+    """Whether an axis repeats a comparison (seeds) or tunes it (the learning rate), instead of asking something else."""
+    return bool({SEED, LEARNING_RATE} & set(keys.split(",")))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of runs and what it is expected to show.
+
+    Args:
+        title: what it asks or says.
+        settings: name -> overrides, what ``tasks`` may name.
+        tasks: what is asked: names of ``settings``, or name -> overrides.
+        architectures: name -> overrides, what ``variants`` may name.
+        variants: the architectures compared: names of ``architectures``, or name -> overrides.
+        axes: configuration key -> values; every combination is run. Keys joined by commas take the same value, as
+            ``seed,data.seed`` does for weights and data. ``seed`` and ``optimizer.lr`` have a meaning in reports.
+            The word ``recipe`` in place of values takes those that the task's experiment is swept over (``hydra.sweeper.params``).
+        base: overrides of every job.
+        metric: what is compared, on the test set.
+        metrics: task -> metric, where it is another.
+        select: metric by which the best learning rate is chosen, on the validation set; None for the validation counterpart
+            of what is compared.
+        expect: statements that a report checks.
+        match: makes the variants equally large.
+        source: where the expectation comes from.
+        published: names under which tasks and variants stand in published tables, see ``src/reporting/published.py``.
+        scales: name -> what is different at that scale: any of the arguments above; ``base`` is added to, the others are replaced.
+        note: what to know about it.
+    """
+
+    title: str
+    settings: dict[str, list[str]] = field(default_factory=dict)
+    tasks: dict[str, list[str]] | list[str] = field(default_factory=dict)
+    architectures: dict[str, list[str]] = field(default_factory=dict)
+    variants: dict[str, list[str]] | list[str] = field(default_factory=dict)
+    axes: dict[str, list[Any] | str] = field(default_factory=dict)
+    base: list[str] = field(default_factory=list)
+    metric: str = "test/accuracy"
+    metrics: dict[str, str] = field(default_factory=dict)
+    select: str | None = None
+    expect: list[Statement] = field(default_factory=list)
+    match: Match | None = None
+    source: str | None = None
+    published: dict[str, Any] = field(default_factory=dict)
+    scales: dict[str, dict[str, Any]] = field(default_factory=dict)
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        # YAML has mappings where these have classes.
+        object.__setattr__(self, "expect", [_read(Statement, item) for item in self.expect])
+        object.__setattr__(self, "match", None if self.match is None else _read(Match, self.match))
+        for names, library in (("variants", "architectures"), ("tasks", "settings")):
+            wanted, known = getattr(self, names), getattr(self, library)
+            if isinstance(wanted, list):
+                for name in wanted:
+                    if name not in known:
+                        raise ConfigError(f"sweep.{names}: {name!r} is not in {library}; {suggest(name, known)}")
+                object.__setattr__(self, names, {name: known[name] for name in wanted})
+
+    def at(self, scale: str) -> Sweep:
+        """The sweep at one of its scales.
+
+        Raises:
+            ConfigError: there is no such scale, or it changes what does not exist.
+        """
+        if not self.scales:
+            return self.checked()
+        if scale not in self.scales:
+            raise ConfigError(f"scale={scale}: this sweep has no such scale; {suggest(scale, self.scales)}")
+        changes = dict(self.scales[scale])
+        known = set(self.__dataclass_fields__) - {"scales"}
+        for key in changes:
+            if key not in known:
+                raise ConfigError(f"sweep.scales.{scale}.{key}: no such key; {suggest(key, known)}")
+        changes["base"] = [*self.base, *changes.get("base", [])]
+        return replace(self, **changes, scales={}).checked()
+
+    def along(self, axes: Mapping[str, list[Any]]) -> Sweep:
+        """With other values for some of its axes, each named by one of its keys.
+
+        Raises:
+            ConfigError: there is no such axis.
+        """
+        changed = dict(self.axes)
+        for name, values in axes.items():
+            keys = next((keys for keys in self.axes if name == keys or name in keys.split(",")), None)
+            if keys is None:
+                raise ConfigError(f"axes.{name}: this sweep has no such axis; {suggest(name, self.axes)}")
+            changed[keys] = values
+        return replace(self, axes=changed).checked()
+
+    def checked(self) -> Sweep:
+        """Itself, if its parts fit together.
+
+        Raises:
+            ConfigError: something is empty, or names what does not exist.
+        """
+        for name in ("tasks", "variants"):
+            if not getattr(self, name):
+                raise ConfigError(f"sweep.{name}: at least one is needed, as in {{name: [overrides]}}")
+        for key, values in self.axes.items():
+            if values != RECIPE and (not isinstance(values, list) or not values):
+                raise ConfigError(f"sweep.axes.{key}={values!r}: a list of values, or {RECIPE}")
+        for task in self.metrics:
+            if task not in self.tasks:
+                raise ConfigError(f"sweep.metrics: no task {task!r}; {suggest(task, self.tasks)}")
+        self._check_names()
+        return self
+
+    def _check_names(self) -> None:
+        for number, statement in enumerate(self.expect):
+            for role in ("better", "than"):
+                if (name := getattr(statement, role)) not in self.variants:
+                    raise ConfigError(f"sweep.expect[{number}].{role}={name!r}: {suggest(name, self.variants)}")
+            if statement.task is not None and statement.task not in self.tasks:
+                raise ConfigError(
+                    f"sweep.expect[{number}].task={statement.task!r}: {suggest(statement.task, self.tasks)}"
+                )
+        if self.match is not None and self.match.to not in self.variants:
+            raise ConfigError(f"sweep.match.to={self.match.to!r}: {suggest(self.match.to, self.variants)}")
+
+    @property
+    def tasks_by_name(self) -> dict[str, list[str]]:
+        """Task -> overrides."""
+        assert isinstance(self.tasks, dict)  # since __post_init__
+        return self.tasks
+
+    @property
+    def variants_by_name(self) -> dict[str, list[str]]:
+        """Variant -> overrides."""
+        assert isinstance(self.variants, dict)  # since __post_init__
+        return self.variants
+
+    def metric_of(self, task: str) -> str:
+        """What is compared on a task."""
+        return self.metrics.get(task, self.metric)
+
+    def selection_of(self, task: str) -> str:
+        """By what the learning rate is chosen: never by the test set."""
+        return self.select or self.metric_of(task).replace("test/", "val/", 1)
+
+    def jobs(self) -> list[Job]:
+        """Every combination, in the order in which it is worth running: seeds come last, so that each is a whole comparison.
+
+        Raises:
+            ConfigError: one of them cannot be; the message names it.
+        """
+        found: dict[str, Job] = {}
+        tried: set[tuple[str, str]] = set()
+        extra = self._matched()
+        for task, variant, settings in self._combinations():
+            overrides = [*self.base, *self.tasks_by_name[task], "compare=null", *self.variants_by_name[variant]]
+            overrides += extra[task, variant]
+            try:
+                job = job_of(task, variant, settings, overrides, thorough=(task, variant) not in tried)
+            except ConfigError as error:
+                raise ConfigError(f"{task}, {variant}, {settings}: {error}") from error
+            tried.add((task, variant))
+            if job.name in found:
+                other = found[job.name]
+                raise ConfigError(
+                    f"two jobs of this sweep are the same run: {other.task}, {other.variant}, {other.settings} and "
+                    f"{task}, {variant}, {settings}"
+                )
+            found[job.name] = job
+        return list(found.values())
+
+    def _combinations(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Task, variant and the axes' values, all of the first seed before any of the second."""
+        found: list[tuple[int, str, str, dict[str, Any]]] = []
+        for task in self.tasks_by_name:
+            axes = {keys: self._values(task, keys) for keys in self.axes}
+            order = sorted(axes, key=lambda keys: SEED not in keys.split(","))
+            for values in itertools.product(*(list(enumerate(axes[keys])) for keys in order)):
+                settings = {keys: value for keys, (_, value) in zip(order, values, strict=True)}
+                seed = values[0][0] if order and SEED in order[0].split(",") else 0
+                found += [(seed, task, variant, settings) for variant in self.variants_by_name]
+        return [(task, variant, settings) for _, task, variant, settings in sorted(found, key=lambda row: row[0])]
+
+    def _values(self, task: str, keys: str) -> list[Any]:
+        values = self.axes[keys]
+        if isinstance(values, list):
+            return values
+        swept = swept_over([*self.base, *self.tasks_by_name[task]])
+        if keys not in swept:
+            known = ", ".join(swept) or "none"
+            raise ConfigError(
+                f"sweep.axes.{keys}={RECIPE}: the experiment of {task} is not swept over it, but over: {known}"
+            )
+        parsed = OverridesParser.create().parse_override(f"{keys}={swept[keys]}")
+        if not parsed.is_sweep_override():
+            return [parsed.value()]
+        return list(parsed.sweep_iterator(transformer=Transformer.identity))
+
+    def _matched(self) -> dict[tuple[str, str], list[str]]:
+        """For each task and variant the overrides that make it as large as ``match`` says."""
+        found: dict[tuple[str, str], list[str]] = {key: [] for key in itertools.product(self.tasks, self.variants)}
+        if self.match is None:
+            return found
+        budget: Any = self.match.budget
+        change: Any = self.match.change
+        for task, variant in found:
+            if variant != self.match.to:
+                base = [*self.base, *self.tasks_by_name[task], "compare=null"]
+                window = to_plain(compose_config(base))["data"]["window"]
+                like = [*base, *self.variants_by_name[self.match.to]]
+                matched = match_model(
+                    [*base, *self.variants_by_name[variant]],
+                    budget=budget,
+                    target=like,
+                    change=change,
+                    seq_len=window - 1,
+                )
+                found[task, variant] = matched.overrides
+        return found
+
+
+def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[str], *, thorough: bool = True) -> Job:
+    """The job that these overrides, and then the settings, describe.
+
+    Args:
+        task: its name.
+        variant: its name.
+        settings: configuration key -> value.
+        overrides: of everything else.
+        thorough: hold the configuration against all signatures, and build its model without memory; else it is only resolved.
+    """
+    values = {key: value for keys, value in settings.items() for key in keys.split(",")}
+    chosen = {key for key in values if (CONFIG_DIR / key).is_dir()}
+    groups = [f"{key}={_text(values[key])}" for key in sorted(chosen)]
+    # Composing takes a tenth of a second, a copy a hundredth: thousands of jobs differ in seeds and rates alone.
+    config = copy.deepcopy(_composed((*overrides, *groups)))
+    for key in values.keys() - chosen:
+        OmegaConf.update(config, key, values[key], merge=False)
+    plain = checked(config) if thorough else {k: v for k, v in to_plain(config).items() if k != "compare"}
+    own = [f"{key}={_text(value)}" for key, value in values.items()]
+    return Job(task, variant, settings, [*overrides, *own], plain, experiment_hash(plain))
+
+
+@lru_cache(maxsize=64)
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    # A folder that is the same for all: where a job is run does not belong to its configuration.
+    return compose_config([*overrides, "paths.output_dir=here"])
+
+
+def _read(kind: type[Any], item: Any) -> Any:
+    if isinstance(item, kind):
+        return item
+    try:
+        return TypeAdapter(kind).validate_python(item)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ConfigError(
+            f"sweep, {kind.__name__.lower()} {item}: {where}: {problem['msg']}; there are: {', '.join(kind.__dataclass_fields__)}"
+        ) from None
+
+
+def _text(value: Any) -> str:
+    """A value as Hydra's override grammar writes it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return "[" + ",".join(_text(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./+-]+", value):
+        return "'" + value.replace("'", "\\'") + "'"
+    return str(value)

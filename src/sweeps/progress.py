@@ -1,0 +1,54 @@
+"""A line on the terminal for everything that happens to a job."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+from src.sweeps.cost import duration
+from src.sweeps.jobs import is_finished
+from src.sweeps.plan import Job
+
+
+class Progress:
+    """Prints a line whenever something happens to a job."""
+
+    def __init__(self, jobs: list[Job], root: Path, expected: dict[str, float], workers: int):
+        self.jobs, self.root, self.expected, self.workers = jobs, root, expected, workers
+        self.done = {job.name for job in jobs if is_finished(job, root)}
+        self.failed: set[str] = set()
+        self.began = time.monotonic()
+
+    def __call__(self, job: Job, what: str, seconds: float) -> None:
+        """Prints it."""
+        if what == "finished":
+            if job.name in self.done:
+                return  # it was before we began
+            self.done.add(job.name)
+        if what == "failed":
+            self.failed.add(job.name)
+            what = f"failed, see {job.folder(self.root) / 'output.log'}"
+        if what == "elsewhere":
+            what = "is being run by another process; waiting for it"
+        took = f" in {duration(seconds)}" if seconds else ""
+        print(
+            f"[{len(self.done):>3}/{len(self.jobs)}] {job.task} | {job.variant} | {settings_of(job)}: {what}{took}{self._ahead()}",
+            flush=True,
+        )
+
+    def _ahead(self) -> str:
+        left = sum(self.expected[j.name] for j in self.jobs if j.name not in self.done | self.failed)
+        return f"; about {duration(left / self.workers)} left" if left else ""
+
+    def left(self) -> str:
+        """How many jobs are not finished."""
+        states = Counter("finished" if is_finished(job, self.root) else "left" for job in self.jobs)
+        return f"{states['finished']} of {len(self.jobs)} jobs are finished"
+
+
+def settings_of(job: Job) -> str:
+    """The axes' values in a line."""
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in job.settings.items()
+    )

@@ -1,0 +1,244 @@
+"""Search instead of a grid: Optuna proposes values, hopeless trials are stopped early.
+
+A search is a YAML file like a sweep (``configs/sweep/search``); the class below is its schema. Trials are jobs like any others. What Optuna
+knows is in a journal beside the manifest, so that the same command goes on after whatever has happened; a trial that was cut
+off is run to its end from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from src.config import ConfigError
+from src.reporting.registry import Run
+from src.reporting.results import lower_is_better
+from src.sweeps.jobs import Lock, is_finished
+from src.sweeps.local import POLL, Local, interruptible, launch, stop
+from src.sweeps.plan import Job, job_of
+
+JOB = "job"  # under which a trial's record names its job
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and how.
+
+    Args:
+        title: what it asks.
+        base: overrides of every trial.
+        space: configuration key -> ``{low, high, log, step}`` or ``{choices: [...]}``.
+        metric: of the validation set. Whether it is a loss is known by its name.
+        trials: to be finished or pruned in all.
+        sampler: tpe or random.
+        pruner: median stops a trial that is worse than half of the earlier ones at the same step; hyperband halves; none.
+        warmup_trials: that are finished before any is stopped.
+        seed: of the sampler.
+        note: what to know about it.
+    """
+
+    title: str
+    space: dict[str, dict[str, Any]]
+    base: list[str] = field(default_factory=list)
+    metric: str = "val/loss"
+    trials: int = 16
+    sampler: Literal["tpe", "random"] = "tpe"
+    pruner: Literal["median", "hyperband", "none"] = "median"
+    warmup_trials: int = 4
+    seed: int = 42
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.metric.startswith("val/"):
+            raise ConfigError(f"sweep.metric={self.metric}: a search looks at the validation set, val/...")
+        if self.trials < 1:
+            raise ConfigError(f"sweep.trials={self.trials}: at least 1")
+        for key, values in self.space.items():
+            if set(values) != {"choices"} and not {"low", "high"} <= set(values) <= {"low", "high", "log", "step"}:
+                raise ConfigError(f"sweep.space.{key}={values}: {{low, high}} with log or step, or {{choices}}")
+        if not self.space:
+            raise ConfigError("sweep.space: at least one key, as in {optimizer.lr: {low: 1e-4, high: 1e-2, log: true}}")
+
+    def study(self, folder: Path) -> Any:
+        """Optuna's, as the journal in a folder has it.
+
+        Raises:
+            ConfigError: Optuna is not installed.
+        """
+        try:
+            import optuna
+        except ImportError as error:
+            raise ConfigError("a search needs Optuna: pip install optuna") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        folder.mkdir(parents=True, exist_ok=True)
+        backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
+        samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+        pruners = {
+            "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=self.warmup_trials),
+            "hyperband": optuna.pruners.HyperbandPruner,
+            "none": optuna.pruners.NopPruner,
+        }
+        study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend),
+            study_name=self.title,
+            load_if_exists=True,
+            direction="minimize" if lower_is_better(self.metric) else "maximize",
+            pruner=pruners[self.pruner](),
+        )
+        # A sampler that is made anew with the same seed would propose the same values again.
+        study.sampler = samplers[self.sampler](seed=self.seed + len(study.trials))
+        return study
+
+    def job(self, trial: Any) -> Job:
+        """The job of a trial, which asks it for values."""
+        values = {key: _suggested(trial, key, space) for key, space in self.space.items()}
+        return job_of("search", f"trial {trial.number}", values, [*self.base, "compare=null"])
+
+    def run(self, launcher: Local, folder: Path, root: Path, told: Callable[[Job, str, float], Any]) -> Any:
+        """Runs trials until there are ``trials`` of them.
+
+        Args:
+            launcher: how many at a time, and on what.
+            folder: of the search.
+            root: of all jobs.
+            told: called with a job, what became of it and seconds.
+
+        Returns:
+            Optuna's study.
+        """
+        study = self.study(folder)
+        _take_up_what_was_cut_off(study)
+        _Trials(self, study, launcher, root, told).run()
+        return study
+
+
+class _Trials:
+    def __init__(self, search: Search, study: Any, launcher: Local, root: Path, told: Callable[[Job, str, float], Any]):
+        self.search, self.study, self.launcher, self.root, self.told = search, study, launcher, root, told
+        self.running: dict[int, _Trial] = {}  # by slot
+
+    def run(self) -> None:
+        with interruptible():
+            try:
+                while self._started() < self.search.trials or self.running:
+                    for slot in range(self.launcher.workers):
+                        if slot not in self.running and self._started() < self.search.trials:
+                            self._begin(slot)
+                    for slot, trial in list(self.running.items()):
+                        if self._ended(trial):
+                            del self.running[slot]
+                    time.sleep(POLL)
+            except KeyboardInterrupt:
+                stop([trial.process for trial in self.running.values()])
+                raise
+
+    def _started(self) -> int:
+        """Trials that count: failed ones are replaced, up to as many again."""
+        from optuna.trial import TrialState
+
+        states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+        failed = states.count(TrialState.FAIL)
+        return len(states) - min(failed, self.search.trials) - states.count(TrialState.WAITING)
+
+    def _begin(self, slot: int) -> None:
+        trial = self.study.ask()
+        job = self.search.job(trial)
+        trial.set_user_attr(JOB, job.name)
+        if is_finished(job, self.root):
+            self._tell(trial, job)
+            self.told(job, "finished", 0.0)
+            return
+        lock = Lock(job.folder(self.root))
+        if not lock.acquire():
+            self.study.tell(trial, state=_state("FAIL"))  # another search is at it; ours proposes something else
+            return
+        process, step = launch(job, self.root, lock, self.launcher.environment(slot))
+        self.running[slot] = _Trial(trial, job, process, lock, time.monotonic())
+        self.told(job, f"resumed at step {step:,}" if step else "started", 0.0)
+
+    def _ended(self, trial: _Trial) -> bool:
+        code, seconds = trial.process.poll(), time.monotonic() - trial.started
+        if code is None:
+            if not self._hopeless(trial):
+                return False
+            stop([trial.process])
+            trial.lock.release()
+            self.study.tell(trial.trial, state=_state("PRUNED"))
+            self.told(trial.job, f"stopped at step {trial.reported:,}: worse than the others", seconds)
+            return True
+        trial.lock.release()
+        if code == 0 and is_finished(trial.job, self.root):
+            self._tell(trial.trial, trial.job)
+            self.told(trial.job, "finished", seconds)
+        else:
+            self.study.tell(trial.trial, state=_state("FAIL"))
+            self.told(trial.job, "failed", seconds)
+        return True
+
+    def _hopeless(self, trial: _Trial) -> bool:
+        """Hands new validations to Optuna, and asks."""
+        for step, value in Run(trial.job.folder(self.root)).curve(self.search.metric).items():
+            if int(step) > trial.reported:  # type: ignore[arg-type]
+                trial.reported = int(step)  # type: ignore[arg-type]
+                trial.trial.report(float(value), trial.reported)
+                if trial.trial.should_prune():
+                    return True
+        return False
+
+    def _tell(self, trial: Any, job: Job) -> None:
+        metrics = Run(job.folder(self.root)).metrics
+        if self.search.metric not in metrics:
+            raise ConfigError(
+                f"sweep.metric={self.search.metric}: not measured; there are: {', '.join(sorted(metrics))}"
+            )
+        self.study.tell(trial, metrics[self.search.metric])
+
+
+def write_trials(study: Any, search: Search, folder: Path) -> Path:
+    """A table of all trials, trials.csv."""
+    path = folder / "trials.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "state", search.metric, *search.space, JOB])
+        for trial in study.get_trials(deepcopy=False):
+            values = [trial.params.get(key) for key in search.space]
+            value = trial.value if trial.value is not None else trial.intermediate_values.get(trial.last_step)
+            writer.writerow([trial.number, trial.state.name.lower(), value, *values, trial.user_attrs.get(JOB)])
+    return path
+
+
+@dataclass
+class _Trial:
+    trial: Any
+    job: Job
+    process: subprocess.Popen[bytes]
+    lock: Lock
+    started: float
+    reported: int = 0  # last step whose validation Optuna knows
+
+
+def _suggested(trial: Any, key: str, space: dict[str, Any]) -> Any:
+    if "choices" in space:
+        return trial.suggest_categorical(key, space["choices"])
+    whole = isinstance(space["low"], int) and isinstance(space["high"], int)
+    suggest = trial.suggest_int if whole else trial.suggest_float
+    options = {name: space[name] for name in ("log", "step") if name in space}
+    return suggest(key, space["low"], space["high"], **options)
+
+
+def _take_up_what_was_cut_off(study: Any) -> None:
+    """Trials that were running when a search was killed are asked for again, with the same values: the same job goes on."""
+    for trial in study.get_trials(states=(_state("RUNNING"),)):
+        study.enqueue_trial(trial.params)
+        study.tell(trial.number, state=_state("FAIL"))
+
+
+def _state(name: str) -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState[name]
