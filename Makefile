@@ -8,13 +8,16 @@ MAMBA ?= mamba-ssm==2.3.2.post1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test test-kernels lint format clean
+.PHONY: help train report test test-kernels lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: .venv/base ## the quickstart: one small model without Canon layers and with them; minutes on two cores
 	$(BIN)/python src/train.py experiment=quickstart
+
+report: .venv/base ## one page of all sweeps under logs/: verdicts, figures, tables
+	$(BIN)/python src/report.py
 
 test: .venv/dev ## all tests but the slow ones and those that need a GPU
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

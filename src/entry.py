@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -48,12 +49,15 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
 
     def guarded(config: DictConfig) -> Any:
         point_other_ranks_at_this_job()
+        before = {name for name in _LAUNCH if name in os.environ}
         try:
-            return job(config)
+            result = job(config)
         except _USERS_MISTAKES as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             fail(str(error))
+        forget_other_ranks(before)
+        return result
 
     quieten()
     arguments = sys.argv[1:]
@@ -74,12 +78,32 @@ def point_other_ranks_at_this_job() -> None:
     whose sampler may draw other values. Ranks that a launcher starts (torchrun, SLURM) read their own command line all the
     same; for them every rank compares configurations (``callbacks/agreement.py``).
     """
-    config = HydraConfig.instance().cfg
+    config: Any = HydraConfig.instance().cfg
     if config is None or config.hydra.mode != RunMode.MULTIRUN:
         return
     sys.argv = [sys.argv[0], *config.hydra.overrides.task, "hydra.mode=RUN"]
-    with read_write(config):  # where Lightning tells them to write
+    with read_write(config.hydra):  # where Lightning tells them to write
         config.hydra.run.dir = config.hydra.runtime.output_dir
+
+
+# What Lightning leaves in the environment of the process that has started the other ranks.
+_LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def forget_other_ranks(before: set[str]) -> None:
+    """In a multirun, ends what a job on several processes leaves in this one, so that the next job starts ranks of its own.
+
+    Args:
+        before: which of the variables of a launch there were before the job.
+    """
+    config: Any = HydraConfig.instance().cfg
+    if config is None or config.hydra.mode != RunMode.MULTIRUN:
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in _LAUNCH:
+        if name not in before:
+            os.environ.pop(name, None)
 
 
 def quieten() -> None:

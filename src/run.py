@@ -48,12 +48,12 @@ def run(config: DictConfig) -> dict[str, float]:
     checkpoint = _resume_from(plain)
     if plain["train"]:
         refuse_foreign_checkpoints(output_dir, checkpoint)
-    with Recorded(output_dir, experiment_hash(plain), checkpoint):
-        return _run(plain, output_dir, checkpoint)
-
-
-def _run(plain: dict[str, Any], output_dir: Path, checkpoint: str | None) -> dict[str, float]:
     identity = experiment_hash(plain)
+    with Recorded(output_dir, identity, checkpoint):
+        return _run(plain, identity, output_dir, checkpoint)
+
+
+def _run(plain: dict[str, Any], identity: str, output_dir: Path, checkpoint: str | None) -> dict[str, float]:
     L.seed_everything(plain["seed"], verbose=False)
     forget_backends()
     trainer = build_trainer(plain)
@@ -67,7 +67,7 @@ def _run(plain: dict[str, Any], output_dir: Path, checkpoint: str | None) -> dic
         check_same_model(opened, plain["model"], checkpoint)
         if plain["train"]:
             check_same_recipe(opened, plain, checkpoint)
-    module = build_module(plain, net, compile=plain["compile"])
+    module = build_module(plain, net, compile=plain["compile"], config_hash=identity)
     introduce(plain, net, datamodule, output_dir)
 
     started = time.perf_counter()
@@ -182,7 +182,9 @@ def build_net(plain: dict[str, Any], datamodule: StreamDataModule) -> Backbone:
     return model_from_config(plain["model"])
 
 
-def build_module(plain: dict[str, Any], net: Backbone, compile: bool = False) -> LanguageModel:
+def build_module(
+    plain: dict[str, Any], net: Backbone, compile: bool = False, config_hash: str | None = None
+) -> LanguageModel:
     """Wraps a model with the optimizer, schedule and loss that a plain configuration describes."""
     return LanguageModel(
         net,
@@ -190,6 +192,7 @@ def build_module(plain: dict[str, Any], net: Backbone, compile: bool = False) ->
         schedule=instantiate(plain["scheduler"], "scheduler"),
         loss=instantiate(plain["loss"], "loss"),
         config=plain,
+        config_hash=config_hash,
         compile=compile,
     )
 
@@ -247,7 +250,8 @@ def record(
     """Writes ``results.json``: what was measured, of what, with which kernels, at what cost."""
     net, tokens = module.net, trainer.global_step * datamodule.batch_size * datamodule.window
     flops = net.flops_per_token(datamodule.window - 1)
-    clock = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    clock = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
     result = {
         "name": name,
         "config_hash": identity,

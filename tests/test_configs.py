@@ -27,6 +27,8 @@ GROUPS = [
     "paths",
     "debug",
 ]
+# Of other command lines, with tests of their own: tests/sweeps.
+ELSEWHERE = {"sweep", "launcher"}
 BASES = {("model", "base"), ("data", "task"), ("data", "text")}  # what others build on; nothing by themselves
 CHOICES = [(g, p.stem) for g in GROUPS for p in sorted((CONFIG_DIR / g).glob("*.yaml")) if (g, p.stem) not in BASES]
 EXPERIMENTS = sorted(
@@ -53,7 +55,7 @@ FEW_ANSWERS = ["data.val_answers=2", "data.test_answers=2"]
 
 def test_every_group_is_tested():
     folders = {p.name for p in CONFIG_DIR.iterdir() if p.is_dir() and any(p.glob("*.yaml"))}
-    assert folders == {*GROUPS, "experiment", "recipe", "hparams_search", "hydra"}
+    assert folders == {*GROUPS, *ELSEWHERE, "experiment", "recipe", "hydra"}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: v)
@@ -165,13 +167,6 @@ def test_training_beyond_the_end_of_the_data_is_refused(tmp_path):
     config = compose_run(tmp_path, "experiment=smoke/capo", *SHORT, "compare=null", "trainer.max_steps=9999")
     with pytest.raises(ConfigError, match="max_steps=9999: the training data end after 1667 steps"):
         run(config)
-
-
-@pytest.mark.parametrize("choice", sorted(p.stem for p in (CONFIG_DIR / "hparams_search").glob("*.yaml")))
-def test_every_search_composes(choice, tmp_path):
-    if not find_spec("hydra_plugins") or not find_spec("hydra_plugins.hydra_optuna_sweeper"):
-        pytest.skip("hydra-optuna-sweeper is not installed")
-    assert compose_run(tmp_path, f"hparams_search={choice}").optimized_metric
 
 
 def test_the_default_configuration_is_valid(tmp_path):

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from src.config import ConfigError, experiment_hash
+from src.config import ConfigError
 
 
 class ConfigAgreement(Callback):
@@ -23,12 +23,12 @@ class ConfigAgreement(Callback):
         """Gathers the hashes."""
         if trainer.world_size == 1:
             return
-        own = experiment_hash(getattr(pl_module, "config", {}))
+        own = getattr(pl_module, "config_hash", None)
         everyone: list[Any] = [None] * trainer.world_size
         torch.distributed.all_gather_object(everyone, own)
         print(f"rank {trainer.global_rank}: config {own}", flush=True)
         if len(set(everyone)) > 1:
             raise ConfigError(
-                f"the ranks run different configurations (hashes {', '.join(everyone)}); a sweep with a random sampler "
+                f"the ranks run different configurations (hashes {', '.join(map(str, everyone))}); a sweep with a random sampler "
                 "under a launcher that re-runs the command line does this. Start one process group per job"
             )

@@ -44,6 +44,7 @@ class LanguageModel(L.LightningModule):
         schedule: factor on the learning rate by 0-based optimizer step.
         loss: loss of each target.
         config: the run's resolved configuration, as plain containers; stored in every checkpoint.
+        config_hash: what names it (``config.experiment_hash``); ranks compare it.
         compile: compile each block.
     """
 
@@ -55,6 +56,7 @@ class LanguageModel(L.LightningModule):
         schedule: Callable[[int], float],
         loss: NextTokenLoss | None = None,
         config: dict[str, Any] | None = None,
+        config_hash: str | None = None,
         compile: bool = False,
     ):
         super().__init__()
@@ -62,6 +64,7 @@ class LanguageModel(L.LightningModule):
         self.build_optimizer, self.schedule = optimizer, schedule
         self.loss = loss or NextTokenLoss()
         self.config = config or {}
+        self.config_hash = config_hash
         self.compile_blocks = compile
         # Filled in by setup(): one for validation, one for the test set.
         self.evaluators = nn.ModuleDict()

@@ -41,7 +41,7 @@ def write_csv(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for line in lines for key in line))
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
 
@@ -136,4 +136,5 @@ def _latex_table(about: str, columns: str, head: list[str], body: list[list[str]
         r"\midrule",
     ]
     lines += [" & ".join(cells) + r" \\" for cells in body]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    text = "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    return text.replace("−", "-").replace("–", "--")

@@ -76,8 +76,21 @@ def heat_map(tables: SweepTables, score: str) -> Figure:
         "hovermode": "closest",
     }
     labels = [_row_label(tables, row) for row in tables.rows]
-    rows = {"ids": heat["y"], "tasks": [row.task for row in tables.rows], "labels": labels, "height": 62, "extra": 70}
-    return {"data": [heat, text.trace()], "layout": layout, "rows": rows, "minWidth": 110 + 68 * len(tables.variants)}
+    rows = {
+        "ids": heat["y"],
+        "tasks": [row.task for row in tables.rows],
+        "labels": labels,
+        "height": 62 if len(labels) < 16 else 52,
+        "extra": 70,
+    }
+    return {
+        "data": [heat, text.trace()],
+        "layout": layout,
+        "rows": rows,
+        "minWidth": 96 + 62 * len(tables.variants),
+        "maxWidth": 150 + 240 * len(tables.variants),
+        "narrow": {"ticktext": [label(name, 7) for name in tables.variants]},
+    }
 
 
 class _Text:
@@ -176,7 +189,8 @@ def curves(tables: SweepTables, row: Row, quantity: str, looks: Mapping[str, Loo
     y = _score_axis(quantity)
     if "accuracy" not in quantity and min(point["low"] for point in table) > 0 and max(means) / min(means) > 50:
         y |= {"type": "log", "dtick": 1}
-    x = axis("optimizer steps", showgrid=False, hoverformat=",d", rangemode="tozero")
+    last = max(point["step"] for point in of_row(tables.curves, row))
+    x = axis("optimizer steps", showgrid=False, hoverformat=",d", range=[0, last * 1.02], tickformat=",d", nticks=6)
     x["unifiedhovertitle"] = {"text": "step %{x}"}
     chance = None if quantity.startswith("train/") else tables.chance(row)
     return _figure(data, x, y, chance=chance, hovermode="x unified")
@@ -196,9 +210,7 @@ def rates(tables: SweepTables, row: Row, looks: Mapping[str, Look]) -> Figure | 
         aside = math.exp(gap * 0.4 * ((place + 0.5) / len(shown) - 0.5))
         data += _rate_traces(line, of_row(tables.seeds, row, variant), variant, looks[variant], aside)
     pad = gap * 0.5 / math.log(10)
-    x = axis(
-        "learning rate", type="log", showgrid=False, tickvals=existing, ticktext=[rate(value) for value in existing]
-    )
+    x = axis("learning rate", type="log", tickvals=existing, ticktext=[rate(value) for value in existing])
     x["range"] = [math.log10(existing[0]) - pad, math.log10(existing[-1]) + pad]
     return _figure(data, x, _score_axis(tables.sweep.plan["metrics"][row.task]), chance=tables.chance(row))
 
@@ -212,14 +224,14 @@ def _rate_traces(means: list[Line], seeds: list[Line], variant: str, look: Look,
         for run in seeds
     ]
     points = trace(
-        "markers", [run["learning_rate"] * aside for run in seeds], [run["value"] for run in seeds], opacity=0.75
+        "markers", [run["learning_rate"] * aside for run in seeds], [run["value"] for run in seeds], opacity=0.8
     )
-    points |= {"marker": {"color": look.token, "symbol": look.symbol, "size": 6}, "meta": {"variant": variant}} | _told(
+    points |= {"marker": {"color": look.token, "symbol": look.symbol, "size": 7}, "meta": {"variant": variant}} | _told(
         told
     )
     chosen = [i for i, mean in enumerate(means) if mean["chosen"]]
     ring = trace("markers", [x[i] for i in chosen], [y[i] for i in chosen], **common)
-    ring["marker"] = {"symbol": "circle-open", "size": 17, "color": look.token, "line": {"width": 2}}
+    ring["marker"] = {"symbol": "circle-open", "size": 18, "color": look.token, "line": {"width": 1.5}}
     return [line, points, ring]
 
 
@@ -257,19 +269,25 @@ def costs(tables: SweepTables, row: Row, cost: str, name: str, score: str, looks
         told = f"<b>{label(line['variant'])}</b><br>{number(line[score])}"
         told += f", 95% {interval(line['low'], line['high'])}" if score == "mean" else f", best of {line['runs']} runs"
         data.append(point | _told([f"{told}<br>{compact(line[cost])} {name}"]))
-    x = _cost_axis(name, [line[cost] for line in table])
+    x = _cost_axis([line[cost] for line in table])
     return _figure(data, x, _score_axis(table[0]["metric"]), chance=tables.chance(row), height=280)
 
 
-def _cost_axis(name: str, values: Sequence[float]) -> dict[str, Any]:
+def _cost_axis(values: Sequence[float]) -> dict[str, Any]:
     """Logarithmic, with ticks at the ends: models that were made equal differ by less than plotly's own ticks do."""
     low, high = min(values), max(values)
     if low <= 0:
-        return axis(name, showgrid=False)
+        return axis(showgrid=False)
     pad = max(0.18 * math.log10(high / low), 0.01)
-    ticks = sorted({low, high} if high < low * 1.5 else {low, math.sqrt(low * high), high})
-    found = axis(name, showgrid=False, type="log", tickvals=ticks, ticktext=[compact(tick) for tick in ticks])
+    ticks = cost_ticks(values)
+    found = axis(showgrid=False, type="log", tickvals=ticks, ticktext=[compact(tick) for tick in ticks])
     return found | {"range": [math.log10(low) - pad, math.log10(high) + pad]}
+
+
+def cost_ticks(values: Sequence[float]) -> list[float]:
+    """The ends, and the middle on a logarithmic axis if they are far apart."""
+    low, high = min(values), max(values)
+    return sorted({low, high} if high < low * 1.5 or low <= 0 else {low, math.sqrt(low * high), high})
 
 
 def forest(tables: SweepTables) -> Figure | None:
@@ -283,8 +301,9 @@ def forest(tables: SweepTables) -> Figure | None:
     if all("accuracy" in line["metric"] for line in lines):
         low, high = max(low, -1.0), min(high, 1.0)
     pad = 0.04 * (high - low)
-    x = axis("difference, positive where the first is better", range=[low - pad, high + pad], zeroline=True)
-    x |= {"zerolinecolor": "@muted", "zerolinewidth": 1}
+    x = axis(
+        "difference, positive where the first is better", range=[low - pad, high + pad], showgrid=False, showline=True
+    )
     y = axis(showgrid=False, type="category", fixedrange=True, showticklabels=False)
     # Two lines of each: its name, and below it the intervals.
     ids = [f"{kind}{i}" for i in range(len(lines)) for kind in ("name", "row")]
@@ -304,7 +323,9 @@ def forest(tables: SweepTables) -> Figure | None:
 
 
 def _forest_traces(name: str, y: str, line: Line) -> list[dict[str, Any]]:
-    color, found = f"@{TONES.get(line['outcome'], 'unsure')}", []
+    color = f"@{TONES.get(line['outcome'], 'unsure')}"
+    zero = {"symbol": "line-ns", "size": 26, "line": {"width": 1, "color": "@muted"}}
+    found = [trace("markers", [0], [y], marker=zero, hoverinfo="skip")]
     for kind, width, opacity in (("student", 1.5, 1.0), ("bootstrap", 7, 0.35)):
         ends = [line[f"{kind}_low"], line[f"{kind}_high"]]
         if known(ends[0]):
@@ -365,12 +386,14 @@ def _figure(
     hovermode: str = "closest",
     height: int = 300,
 ) -> Figure:
+    x |= {"showline": True, "spikecolor": "@muted", "spikethickness": 1, "spikedash": "solid"}
     layout = base_layout() | {"xaxis": x, "yaxis": y, "hovermode": hovermode, "height": height}
     if chance is not None and known(chance):
         line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": chance, "y1": chance, "layer": "below"}
         layout["shapes"] = [line | {"line": {"color": "@muted", "width": 1, "dash": "dot"}}]
-        note = {"xref": "paper", "x": 1, "xanchor": "right", "y": chance, "yanchor": "bottom", "showarrow": False}
-        layout["annotations"] = [note | {"text": f"chance {number(chance)}", "font": {"size": 11, "color": "@muted"}}]
+        note = {"xref": "paper", "x": 1, "xanchor": "left", "xshift": 4, "y": chance, "showarrow": False}
+        layout["annotations"] = [note | {"text": "chance", "font": {"size": 11, "color": "@muted"}}]
+        layout["margin"] = layout["margin"] | {"r": 50}
     return {"data": data, "layout": layout}
 
 
@@ -382,8 +405,8 @@ def base_layout() -> dict[str, Any]:
     """What all figures have in common."""
     return {
         "font": {"family": FONT, "size": 12, "color": "@muted"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
+        "paper_bgcolor": "@paper",
+        "plot_bgcolor": "@paper",
         "margin": {"l": 4, "r": 10, "t": 10, "b": 4},
         "showlegend": False,
         "hoverlabel": {
@@ -401,6 +424,7 @@ def axis(title: str = "", **more: Any) -> dict[str, Any]:
         "automargin": True,
         "zeroline": False,
         "gridcolor": "@line",
+        "showline": False,
         "linecolor": "@line",
         "ticks": "",
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from src.reporting.sections import strip
 from src.reporting.tables import Line, Row, SweepTables
-from src.reporting.wording import compact, interval, known, metric_words, number, short_settings, title
+from src.reporting.wording import compact, identity, interval, known, metric_words, number, short_settings
 
 Key = tuple[str, str, str]  # task, metric, parameters of the data
 
@@ -32,14 +32,21 @@ def leaderboards(
             data = {key: value for key, value in (runs[0].results.get("data") or {}).items() if key != "seed"}
             key = (row.task, cell.metric, json.dumps(data, sort_keys=True))
             score = next(s for s in tables.scores if (Row(s["task"], s["setting"]), s["variant"]) == (row, variant))
-            line = score | {"sweep": title(tables.sweep), "slug": slug, "data": short_settings(data)}
+            line = score | {"sweep": identity(tables.sweep), "slug": slug, "data": short_settings(data)}
             # The same runs may belong to several sweeps: one line for them.
             boards.setdefault(key, {}).setdefault((variant, *sorted(cell.folders.values())), line)
     found = []
     for (task, metric, _), board in sorted(boards.items(), key=lambda item: (numbers[item[0][0]], item[0])):
         lines = list(board.values())
         by_score = {score: [_shown(line, lines, score) for line in _sorted(lines, score)] for score in ("mean", "best")}
-        head = {"task": task, "metric": metric_words(metric), "data": lines[0]["data"], "tasks": str(numbers[task])}
+        settings = any(line["setting"] for line in lines)
+        head = {
+            "settings": settings,
+            "task": task,
+            "metric": metric_words(metric),
+            "data": lines[0]["data"],
+            "tasks": str(numbers[task]),
+        }
         found.append(head | {"by_score": by_score})
     return found, [line for board in boards.values() for line in _sorted(list(board.values()), "mean")]
 
@@ -52,7 +59,8 @@ def _shown(line: Line, lines: list[Line], score: str) -> dict[str, Any]:
     return {
         "variant": line["variant"],
         "slug": line["slug"],
-        "where": ", ".join(part for part in (line["sweep"], line["setting"]) if part),
+        "setting": line["setting"],
+        "sweep": line["sweep"],
         "score": number(line[score]),
         "strip": strip(line, lines, "mean", "low", "high"),
         "interval": interval(line["low"], line["high"]) if known(line["mean"]) else "",

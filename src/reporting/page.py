@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ from src.reporting.registry import Run, runs_table
 from src.reporting.results import SweepResults
 from src.reporting.sections import Section
 from src.reporting.tables import SweepTables
-from src.reporting.wording import BEST, MEAN, known, number, rate, title
+from src.reporting.wording import BEST, MEAN, identity, known, number, rate
 from src.sweeps.cost import duration
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -51,7 +52,7 @@ def write_report(sweeps: list[SweepResults], folder: Path, runs: Sequence[Run] =
     tables = [SweepTables(sweep) for sweep in sweeps]
     page = _Page(folder, tables)
     sections = [page.section(table) for table in tables]
-    boards, board_lines = leaderboards({page.slugs[title(t.sweep)]: t for t in tables}, page.tasks)
+    boards, board_lines = leaderboards({page.slugs[table]: table for table in tables}, page.tasks)
     board_files = []
     if board_lines:
         write_csv(board_lines, folder / "tables" / "leaderboard.csv")
@@ -68,7 +69,13 @@ class _Page:
 
     def __init__(self, folder: Path, tables: Sequence[SweepTables]):
         self.folder = folder
-        self.slugs = slugs(title(table.sweep) for table in tables)
+        seen = Counter[str]()
+        names = []
+        for table in tables:  # a sweep may have been copied: both are shown
+            name = identity(table.sweep)
+            seen[name] += 1
+            names.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+        self.slugs = dict(zip(tables, slugs(names).values(), strict=True))
         self.tasks = {task: i for i, task in enumerate(dict.fromkeys(task for table in tables for task in table.tasks))}
         self.task_slugs = slugs(self.tasks)
         self.looks = looks(table.variants for table in tables)
@@ -77,13 +84,16 @@ class _Page:
 
     def section(self, tables: SweepTables) -> dict[str, Any]:
         """Writes the files of a sweep; returns what the template shows of it."""
-        slug = self.slugs[title(tables.sweep)]
+        slug = self.slugs[tables]
         published = beside(tables)
         names = export_tables(tables, published[0], slug, self.folder / "tables")
         pictures = draw_pictures(tables, self.looks, slug, self.task_slugs, self.folder / "figures")
         files = {kind: _links("tables", found) for kind, found in names.items()}
         for kind, found in pictures.items():
-            files[kind] = files.get(kind, []) + _links("figures", found)
+            section, _, task = kind.partition("/")
+            of_task = f" {task}" if task and len(tables.tasks) > 1 else ""
+            links = [(text + of_task, address) for text, address in _links("figures", found)]
+            files[section] = files.get(section, []) + links
         section = Section(tables, slug, self.tasks, self.looks, files, published, self.add)
         self.cells[slug] = section.cells()
         return section.context()

@@ -92,25 +92,24 @@ class Look(NamedTuple):
 
 
 def looks(groups: Iterable[Iterable[str]]) -> dict[str, Look]:
-    """A look for every variant of several sweeps: the same in all of them, and another one for each variant.
+    """A look for every variant of several sweeps: the same in all of them, and another one for each variant of a sweep.
 
     Args:
         groups: names of the variants of each sweep.
 
     Returns:
-        Looks by name. Hues are repeated, with another dash, only where a sweep has more variants than there are hues, or
-        where its variants have met others with the same hue before.
+        Looks by name. A hue is used twice in a sweep, with another dash and marker, only where there are more variants than
+        hues, or where some of them have met others elsewhere.
     """
+    sweeps = [list(names) for names in groups]
     found: dict[str, Look] = {}
-    for names in map(list, groups):
-        for name in names:
-            if name not in found:
-                here = [found[other].hue for other in names if other in found]
-                everywhere = [look.hue for look in found.values()]
-                hue = min(range(len(SYMBOLS)), key=lambda i: (here.count(i), everywhere.count(i), i))
-                turn = everywhere.count(hue)
-                symbol = SYMBOLS[(hue + turn) % len(SYMBOLS)]
-                found[name] = Look(hue, DASHES[turn % len(DASHES)], symbol)
+    for name in dict.fromkeys(name for names in sweeps for name in names):
+        beside = {other for names in sweeps if name in names for other in names if other in found}
+        hues = [found[other].hue for other in beside]
+        hue = min(range(len(SYMBOLS)), key=lambda i: (hues.count(i), i))
+        taken = {found[other].dash for other in beside if found[other].hue == hue}
+        turn = next((i for i, dash in enumerate(DASHES) if dash not in taken), 0)
+        found[name] = Look(hue, DASHES[turn], SYMBOLS[(hue + turn) % len(SYMBOLS)])
     return found
 
 

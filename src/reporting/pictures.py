@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from src.reporting.figures import COSTS_SHOWN, shares_of
+from src.reporting.figures import COSTS_SHOWN, cost_ticks, shares_of
 from src.reporting.palette import HUES, THEMES, Look, on_scale
 from src.reporting.results import CONFIRMED, CONTRADICTED
 from src.reporting.tables import Line, Row, SweepTables, of_row
-from src.reporting.wording import NOTHING, TONES, half_interval, known, metric_words, number, rate, row_name
+from src.reporting.wording import NOTHING, TONES, compact, half_interval, known, metric_words, number, rate, row_name
 
 COLORS = THEMES["light"]
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "x": "X", "star": "*"}
@@ -60,11 +60,23 @@ def draw_pictures(
             row for row in tables.rows if row.task == task and any((row, v) in tables.cells for v in tables.variants)
         ]
         quantities = ("train/loss", tables.sweep.plan["selections"][task])
-        save("curves", task, _grid(rows, quantities, lambda axes, row, name: _curves(axes, tables, row, name, looks)))
-        save("rates", task, _grid(rows, ("",), lambda axes, row, _: _rates(axes, tables, row, looks)))
+        save(
+            "curves",
+            task,
+            _grid(rows, quantities, tables.variants, lambda axes, row, name: _curves(axes, tables, row, name, looks)),
+        )
+        save("rates", task, _grid(rows, ("",), tables.variants, lambda axes, row, _: _rates(axes, tables, row, looks)))
         names = sorted({line["group"] for line in tables.groups if line["task"] == task})
-        save("groups", task, _grid(rows, names, lambda axes, row, name: _groups(axes, tables, row, name, looks)))
-        save("costs", task, _grid(rows, COSTS_SHOWN, lambda axes, row, cost: _costs(axes, tables, row, cost, looks)))
+        save(
+            "groups",
+            task,
+            _grid(rows, names, tables.variants, lambda axes, row, name: _groups(axes, tables, row, name, looks)),
+        )
+        save(
+            "costs",
+            task,
+            _grid(rows, COSTS_SHOWN, tables.variants, lambda axes, row, cost: _costs(axes, tables, row, cost, looks)),
+        )
     return found
 
 
@@ -131,13 +143,21 @@ def forest(tables: SweepTables) -> Figure | None:
     return figure
 
 
-def _grid(rows: Sequence[Row], columns: Sequence[Any], draw: Callable[[Axes, Row, Any], bool]) -> Figure | None:
+def _grid(
+    rows: Sequence[Row], columns: Sequence[Any], variants: Sequence[str], draw: Callable[[Axes, Row, Any], bool]
+) -> Figure | None:
     """Panels for rows x columns, with one legend; None when nothing was drawn."""
     if not rows or not columns:
         return None
-    figure = Figure(figsize=(1 + 3.6 * len(columns), 0.6 + 2.7 * len(rows)), dpi=150, layout="constrained")
+    # Margins in inches: matplotlib's own layouts would take most of the time that a report takes.
+    width = 3.6 * len(columns) + 0.3
+    across = max(1, min(len(variants), int(width / (0.55 + 0.075 * max(map(len, variants))))))
+    below = 0.6 + 0.18 * -(-len(variants) // across)
+    height = 2.6 * len(rows) + 0.1 + below
+    figure = Figure(figsize=(width, height), dpi=150)
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    room = {"left": 0.7 / width, "right": 1 - 0.2 / width, "bottom": below / height, "top": 1 - 0.35 / height}
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw=room | {"wspace": 0.3, "hspace": 0.4})
     drawn, handles = False, {}
     for row, line in zip(rows, grid, strict=True):
         for column, axes in zip(columns, line, strict=True):
@@ -150,9 +170,7 @@ def _grid(rows: Sequence[Row], columns: Sequence[Any], draw: Callable[[Axes, Row
                 axes.set_axis_off()
     if not drawn:
         return None
-    legend = figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, len(handles)), frameon=False
-    )
+    legend = figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=across, frameon=False)
     for text in legend.get_texts():
         text.set(fontsize=8, parse_math=False)
     return figure
@@ -207,7 +225,12 @@ def _costs(axes: Axes, tables: SweepTables, row: Row, cost: tuple[str, str], loo
         half = half_interval(line["low"], line["high"])
         axes.errorbar(line[cost[0]], line["mean"], yerr=half, label=line["variant"], elinewidth=1.2, **style)
     if table:
-        axes.set_xscale("log")
+        ticks = cost_ticks([line[cost[0]] for line in table])
+        if ticks[0] > 0:
+            axes.set_xscale("log")
+            axes.minorticks_off()
+        axes.set_xticks(ticks, [compact(tick) for tick in ticks])
+        axes.margins(x=0.15)
         axes.set(xlabel=cost[1], ylabel=metric_words(table[0]["metric"]))
         _score_limits(axes, table[0]["metric"], tables.chance(row))
     return bool(table)

@@ -145,8 +145,8 @@ class Run:
         if path.is_file():
             table = pd.read_csv(path)
             if metric in table:
-                rows = table[["step", metric]].dropna().drop_duplicates("step", keep="last")
-                return pd.Series(rows[metric].to_numpy(), index=rows["step"].to_numpy() + 1, name=metric)
+                values = pd.Series(table[metric].to_numpy(), index=table["step"].to_numpy() + 1, name=metric).dropna()
+                return values.loc[~values.index.duplicated(keep="last")]
         return pd.Series(dtype=float, name=metric)
 
 
@@ -208,7 +208,7 @@ def environment() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "packages": {name: number for name in PACKAGES if (number := _version(name)) is not None},
     }
     if torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -17,7 +17,7 @@ A *verdict* on a statement ("A scores at least 0.3 more than B"), from the inter
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 
 import pandas as pd
 
-from src.reporting.registry import COSTS, FINISHED, Run
+from src.reporting.registry import COSTS, FINISHED, Run, write_json
 from src.reporting.statistics import Difference, Interval, difference, student_interval
 from src.sweeps.plan import Job, Statement, Sweep, is_repetition
 
@@ -97,69 +97,77 @@ class SweepResults:
         return self.plan["name"]
 
     @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """One a job: task, variant, axes, status, ``value`` (test), ``selection`` (validation), costs, folder, command."""
+        return [self._row(job) for job in self.plan["jobs"]]
+
+    @cached_property
     def table(self) -> pd.DataFrame:
-        """One row a job: task, variant, axes, status, ``value`` (test), ``selection`` (validation), costs, folder, command."""
-        rows = []
-        for job in self.plan["jobs"]:
-            run = Run(self.path.parent / job["folder"])
-            metric, selection = self.plan["metrics"][job["task"]], self.plan["selections"][job["task"]]
-            done = run.status == FINISHED and run.results.get("config_hash") == job["name"]
-            rows.append(
-                {
-                    "job": job["name"],
-                    "task": job["task"],
-                    "variant": job["variant"],
-                    "seed": job["seed"],
-                    "learning_rate": job["learning_rate"],
-                    "others": json.dumps(
-                        {k: v for k, v in job["settings"].items() if not is_repetition(k)}, sort_keys=True
-                    ),
-                    "status": FINISHED if done else run.status if run.record else "planned",
-                    "value": run.metrics.get(metric) if done else None,
-                    "selection": run.metrics.get(selection) if done else None,
-                    "folder": str(run.folder),
-                    "command": job["command"],
-                }
-                | {key: run.results.get(key) if done else None for key in COSTS}
-            )
-        return pd.DataFrame(rows)
+        """``rows`` as a table."""
+        return pd.DataFrame(self.rows)
+
+    def _row(self, job: dict[str, Any]) -> dict[str, Any]:
+        run = Run(self.path.parent / job["folder"])
+        done = run.status == FINISHED and run.results.get("config_hash") == job["name"]
+        metrics = run.metrics if done else {}
+        others = {key: value for key, value in job["settings"].items() if not is_repetition(key)}
+        return {
+            "job": job["name"],
+            "task": job["task"],
+            "variant": job["variant"],
+            "seed": job["seed"],
+            "learning_rate": job["learning_rate"],
+            "others": json.dumps(others, sort_keys=True),
+            "status": FINISHED if done else run.status if run.record else "planned",
+            "value": metrics.get(self.plan["metrics"][job["task"]]),
+            "selection": metrics.get(self.plan["selections"][job["task"]]),
+            "folder": str(run.folder),
+            "command": job["command"],
+        } | {key: run.results.get(key) if done else None for key in COSTS}
 
     @cached_property
     def cells(self) -> list[Cell]:
         """Of every task, variant and other setting of which something is finished, in the order of the plan."""
+        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            groups.setdefault((row["task"], row["variant"], row["others"]), []).append(row)
         found = []
-        for (task, variant, others), rows in self.table.groupby(["task", "variant", "others"], sort=False):
-            done = rows.dropna(subset=["value"])
-            if len(done):
-                found.append(self._cell(str(task), str(variant), json.loads(str(others)), done, len(rows)))
+        for rows in groups.values():
+            done = [row for row in rows if row["value"] is not None]
+            if done:
+                found.append(self._cell(done, len(rows)))
         return found
 
-    def _cell(self, task: str, variant: str, others: dict[str, Any], done: pd.DataFrame, planned: int) -> Cell:
+    def _cell(self, done: list[dict[str, Any]], planned: int) -> Cell:
+        task = done[0]["task"]
         lower = self.lower_is_better(task)
-        chosen = done.dropna(subset=["selection"])
-        chosen = chosen if len(chosen) else done.assign(selection=done["value"])
-        # A rate that diverges on one seed is no better for having fewer runs counted: unfinished runs are the report's to show.
-        means = chosen.groupby("learning_rate")["selection"].mean()
-        rate = float(means.idxmin() if lower else means.idxmax())
-        at_best = done[done["learning_rate"] == rate]
         by_rate: dict[float, dict[int, float]] = {}
-        for row in done.itertuples():
-            by_rate.setdefault(float(row.learning_rate), {})[int(row.seed)] = float(row.value)
+        selections: dict[float, list[float]] = {}
+        for row in done:
+            by_rate.setdefault(row["learning_rate"], {})[row["seed"]] = row["value"]
+            # A run that was not validated is judged by what there is.
+            judged = row["value"] if row["selection"] is None else row["selection"]
+            selections.setdefault(row["learning_rate"], []).append(judged)
+        best = min if lower else max
+        # A rate that diverges on one seed is no better for having fewer runs counted: unfinished runs are the report's to show.
+        rate = best(selections, key=lambda rate: sum(selections[rate]) / len(selections[rate]))
+        chosen = [row for row in done if row["learning_rate"] == rate]
+        costs = {key: [row[key] for row in chosen if row[key] is not None] for key in COSTS}
         return Cell(
             task=task,
-            variant=variant,
-            others=others,
+            variant=done[0]["variant"],
+            others=json.loads(done[0]["others"]),
             metric=self.plan["metrics"][task],
             lower_is_better=lower,
             rate=rate,
             by_seed=by_rate[rate],
-            best=float(done["value"].min() if lower else done["value"].max()),
+            best=best(row["value"] for row in done),
             runs=len(done),
             planned=planned,
             by_rate=by_rate,
-            folders={f"{row.learning_rate}/{row.seed}": str(row.folder) for row in done.itertuples()},
-            costs={key: float(at_best[key].astype(float).mean()) for key in COSTS if at_best[key].notna().any()},
-            commands=list(at_best["command"]),
+            folders={f"{row['learning_rate']}/{row['seed']}": row["folder"] for row in done},
+            costs={key: sum(values) / len(values) for key, values in costs.items() if values},
+            commands=[row["command"] for row in chosen],
         )
 
     def lower_is_better(self, task: str) -> bool:
@@ -252,10 +260,6 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
         jobs: of the plan.
         root: folder of all jobs.
     """
-    import os
-
-    from src.reporting.registry import write_json
-
     content: dict[str, Any] = {
         "name": name,
         "scale": scale,
@@ -290,8 +294,3 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
 def find_sweeps(root: Path) -> list[SweepResults]:
     """All sweeps whose manifest lies below a folder, by name."""
     return sorted((SweepResults(path) for path in root.rglob("manifest.json")), key=lambda s: (s.name, s.plan["scale"]))
-
-
-def pairs(mapping: Mapping[str, Any]) -> str:
-    """Settings in a line."""
-    return ", ".join(f"{key}={value}" for key, value in mapping.items())

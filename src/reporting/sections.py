@@ -27,6 +27,7 @@ from src.reporting.wording import (
     title,
 )
 from src.sweeps.cost import duration
+from src.sweeps.plan import is_repetition
 
 Add = Callable[[Figure | None], dict[str, Any] | None]  # puts a figure on the page
 COST_NAMES = {
@@ -104,7 +105,7 @@ class Section:
             "files": self.files,
         }
         found |= self.outcome() | {"verdicts": [self.verdict(line) for line in self.tables.verdicts]}
-        found |= {"forest": self.add(figures.forest(self.tables))} | self.heat()
+        found |= {"forest": self.rows(figures.forest(self.tables))} | self.heat()
         found |= {"jobs": [self.job(job) for job in self.tables.jobs], "scores": self.scores()}
         found["unfinished"] = [job for job in found["jobs"] if not job["done"]]
         found |= {"curves": self.curves(), "rates": self.rates(), "groups": self.groups(), "costs": self.costs()}
@@ -135,28 +136,34 @@ class Section:
                 ("Student 95%", interval(line["student_low"], line["student_high"], signed=True)),
                 ("bootstrap 95%", interval(line["bootstrap_low"], line["bootstrap_high"], signed=True)),
                 ("pairs", f"{line['pairs']}, first better in {line['wins']}"),
-                ("p", p_value(line["p_value"])),
-                ("of the best runs", number(line["best_difference"], signed=True)),
+                ("p", p_value(line["p_value"]) + self._least(line)),
+                ("best runs", number(line["best_difference"], signed=True)),
             ]
-            least = smallest_p(line["seeds"])
-            if line["seeds"] < 2:
-                remark = "One seed has no interval."
-            elif line["p_value"] <= least and least > 0.05:
-                remark = f"{line['seeds']} seeds cannot give a p below {p_value(least)}."
+            remark = "One seed has no interval." if line["seeds"] < 2 else ""
         look = {"tone": TONES.get(line["outcome"], "unsure"), "mark": MARKS[line["outcome"]]}
         return line | look | {"numbers": numbers, "remark": remark} | self.where(line["task"])
+
+    @staticmethod
+    def _least(line: Line) -> str:
+        """Says where a p-value is as small as so few seeds let it be."""
+        least = smallest_p(line["seeds"])
+        return " (minimum)" if line["p_value"] <= least and least > 0.05 else ""
 
     def heat(self) -> dict[str, Any]:
         """The heat map of each score, and what its colours mean."""
         maps = {}
         for score in ("mean", "best"):
-            figure = figures.heat_map(self.tables, score)
-            figure["rows"]["tasks"] = [self.numbers[task] for task in figure["rows"]["tasks"]]
-            maps[score] = self.add(figure | {"cells": self.slug})
+            maps[score] = self.rows(figures.heat_map(self.tables, score) | {"cells": self.slug})
         bounded = ["accuracy" in self.plan["metrics"][task] for task in self.tables.tasks]
         coloured = "" if all(bounded) else "Colours go from the worst to the best of each row"
         coloured += "; accuracies are coloured from 0 to 1." if any(bounded) and coloured else "." if coloured else ""
         return {"heat": maps, "coloured": coloured, "scale_ends": ("0", "1") if all(bounded) else ("worst", "best")}
+
+    def rows(self, figure: Figure | None) -> dict[str, Any] | None:
+        """Puts a figure on the page whose rows are filtered by the numbers of their tasks."""
+        if figure is not None:
+            figure["rows"]["tasks"] = [self.numbers[task] for task in figure["rows"]["tasks"]]
+        return self.add(figure)
 
     def scores(self) -> list[dict[str, Any]]:
         """The heat maps as a table."""
@@ -222,18 +229,13 @@ class Section:
         } | self.where(job["task"])
 
     def block(
-        self, row: Row, kind: str, panels: list[tuple[str, Figure | None]], score: str = ""
+        self, row: Row, text: str, panels: list[tuple[str, Figure | None]], score: str = ""
     ) -> list[dict[str, Any]]:
         """A row of panels; no block if there is nothing in any of them."""
         there = [(heading, self.add(figure)) for heading, figure in panels if figure is not None]
         if not there:
             return []
-        files = (
-            self.files.get(f"{kind}/{row.task}", [])
-            if row == next(r for r in self.tables.rows if r.task == row.task)
-            else []
-        )
-        return [{"title": row_name(*row), "panels": there, "files": files, "score": score} | self.where(row.task)]
+        return [{"title": row_name(*row), "text": text, "panels": there, "score": score} | self.where(row.task)]
 
     def curves(self) -> list[dict[str, Any]]:
         """Training loss and validation metric of every row."""
@@ -242,7 +244,7 @@ class Section:
             selection = self.plan["selections"][row.task]
             shown = (("train/loss", "training loss, nats per target"), (selection, metric_words(selection)))
             panels = [(text, figures.curves(self.tables, row, quantity, self.looks)) for quantity, text in shown]
-            found += self.block(row, "curves", panels)
+            found += self.block(row, "", panels)
         return found
 
     def rates(self) -> list[dict[str, Any]]:
@@ -250,7 +252,7 @@ class Section:
         found = []
         for row in self.tables.rows:
             text = metric_words(self.plan["metrics"][row.task])
-            found += self.block(row, "rates", [(text, figures.rates(self.tables, row, self.looks))])
+            found += self.block(row, text, [("", figures.rates(self.tables, row, self.looks))])
         return found
 
     def groups(self) -> list[dict[str, Any]]:
@@ -258,7 +260,7 @@ class Section:
         found = []
         for row in self.tables.rows:
             for group in sorted({line["group"] for line in of_row(self.tables.groups, row)}):
-                found += self.block(row, "groups", [("accuracy", figures.groups(self.tables, row, group, self.looks))])
+                found += self.block(row, "accuracy", [("", figures.groups(self.tables, row, group, self.looks))])
         return found
 
     def costs(self) -> list[dict[str, Any]]:
@@ -268,10 +270,9 @@ class Section:
             text = metric_words(self.plan["metrics"][row.task])
             for score in ("mean", "best"):
                 panels = [
-                    (f"{text} against {name}", figures.costs(self.tables, row, cost, name, score, self.looks))
-                    for cost, name in COSTS_SHOWN
+                    (name, figures.costs(self.tables, row, cost, name, score, self.looks)) for cost, name in COSTS_SHOWN
                 ]
-                found += self.block(row, "costs", panels, score)
+                found += self.block(row, text, panels, score)
         return found
 
     def differences(self) -> dict[str, Any]:
@@ -320,6 +321,8 @@ class Section:
                     cells.append((shown, relative))
                 found.append({"row": row_name(*row), "variant": line["variant"], "costs": cells} | self.where(row.task))
         match = self.plan["match"]
+        if not names:
+            found = []
         text = "Nothing was matched beforehand: variants are as large as their settings make them."
         if match:
             text = (
@@ -338,9 +341,9 @@ class Section:
         found = [
             {
                 "row": row_name(line["task"], line["setting"]),
-                "interval": interval(line["low"], line["high"]) if known(line["mean"]) else NOTHING,
+                "interval": f"[{_shown(line, 'low')}, {_shown(line, 'high')}]" if known(line["low"]) else NOTHING,
                 **{key: line[key] for key in ("variant", "quantity", "seeds", "published_as", "source")},
-                **{key: f"{line[key]:.4g}" if known(line[key]) else NOTHING for key in ("published", "best", "mean")},
+                **{key: _shown(line, key) for key in ("published", "best", "mean")},
             }
             | self.where(line["task"])
             for line in self.published
@@ -370,7 +373,12 @@ def facts(tables: SweepTables, statuses: Mapping[str, int]) -> list[tuple[str, s
         ("scale", plan["scale"]),
         ("source of the expectation", plan["source"]),
     ]
-    found += [(key, ", ".join(map(str, values))) for key, values in plan["axes"].items()]
+    for term, key in (("learning rates", "learning_rate"), ("seeds", "seed")):
+        found.append((term, ", ".join(f"{value:g}" for value in sorted({job[key] for job in tables.jobs}))))
+    settings = {key: values for key, values in plan["axes"].items() if not is_repetition(key)}
+    found += [
+        (key, ", ".join(map(str, values)) if isinstance(values, list) else values) for key, values in settings.items()
+    ]
     return [(term, text) for term, text in found if text]
 
 
@@ -392,6 +400,11 @@ def _code(run: Run) -> str:
     git = run.record.get("git") or {}
     commit = (git.get("commit") or "no commit")[:9]
     return commit + (" with changes" if git.get("dirty") else "")
+
+
+def _shown(line: Line, key: str) -> str:
+    """A number beside a published one: of percentages no more digits than the paper has."""
+    return f"{line[key]:.1f}" if "%" in line["quantity"] and known(line[key]) else number(line[key])
 
 
 def strip(

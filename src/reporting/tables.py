@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from functools import cached_property
@@ -64,6 +65,7 @@ class SweepTables:
                 line["status"] = OTHER
             line["setting"] = short_settings(json.loads(line["others"]))
             line["error"] = self.runs[line["folder"]].record.get("error") or ""
+            line["folder"] = os.path.normpath(line["folder"])
         return found
 
     @cached_property

@@ -33,10 +33,12 @@ def number(value: Any, signed: bool = False, like: Any = None) -> str:
         return NOTHING
     sign, size = "+" if signed else "", max(abs(value), abs(like) if known(like) else 0.0)
     if size >= 1000:
-        return f"{value:{sign},.0f}"
-    if size >= 0.01 or size < 1e-12:
-        return f"{value:{sign}.3f}"
-    return f"{value:{sign}.2g}"
+        text = f"{value:{sign},.0f}"
+    elif size >= 0.01 or size < 1e-12:
+        text = f"{value:{sign}.3f}"
+    else:
+        text = f"{value:{sign}.2g}"
+    return text.replace("-", "−", 1) if text[0] == "-" else text
 
 
 def interval(low: Any, high: Any, signed: bool = False) -> str:
@@ -83,7 +85,7 @@ def short_settings(others: Mapping[str, Any]) -> str:
 
 def row_name(task: str, setting: str) -> str:
     """Of a row of the heat map."""
-    return f"{task}, {setting}" if setting else task
+    return f"{task} · {setting}" if setting else task
 
 
 def metric_words(metric: str) -> str:
@@ -91,6 +93,11 @@ def metric_words(metric: str) -> str:
     split, _, name = metric.partition("/")
     words = name.replace("/", " at ").replace("_", " ")
     return {"test": words, "val": f"validation {words}", "train": f"training {words}"}.get(split, metric)
+
+
+def identity(sweep: SweepResults) -> str:
+    """Name and scale in one word, as in results/R3/smoke."""
+    return "/".join(part for part in (sweep.name, sweep.plan["scale"]) if part)
 
 
 def title(sweep: SweepResults) -> str:

@@ -107,7 +107,7 @@ class Job:
     @property
     def command(self) -> str:
         """What a shell would run again, from the folder of the repository."""
-        return "python src/train.py " + " ".join(shlex.quote(override) for override in self.overrides)
+        return "python src/train.py " + " ".join(quoted(override) for override in self.overrides)
 
 
 def is_repetition(keys: str) -> bool:
@@ -315,7 +315,7 @@ class Sweep:
         for task, variant in found:
             if variant != self.match.to:
                 base = [*self.base, *self.tasks_by_name[task], "compare=null"]
-                window = to_plain(compose_config(base))["data"]["window"]
+                window = compose_config(base).data.window
                 like = [*base, *self.variants_by_name[self.match.to]]
                 matched = match_model(
                     [*base, *self.variants_by_name[variant]],
@@ -367,6 +367,11 @@ def _read(kind: type[Any], item: Any) -> Any:
         raise ConfigError(
             f"sweep, {kind.__name__.lower()} {item}: {where}: {problem['msg']}; there are: {', '.join(kind.__dataclass_fields__)}"
         ) from None
+
+
+def quoted(word: str) -> str:
+    """A word as a shell takes it: ``"canon.positions=''"`` is easier to read than what shlex makes of it."""
+    return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
 
 
 def _text(value: Any) -> str:

@@ -72,11 +72,12 @@ class Search:
         """
         try:
             import optuna
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
         except ImportError as error:
             raise ConfigError("a search needs Optuna: pip install optuna") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         folder.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
         samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
         pruners = {
             "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=self.warmup_trials),
@@ -84,7 +85,7 @@ class Search:
             "none": optuna.pruners.NopPruner,
         }
         study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(backend),
+            storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
             study_name=self.title,
             load_if_exists=True,
             direction="minimize" if lower_is_better(self.metric) else "maximize",

@@ -18,6 +18,7 @@ VARIANTS = ("NoPE", "NoPE + Canon", "RoPE", "RoPE + Canon")
 # How far each variant gets on each task in these fictions, from 0 to 1, and how much seeds scatter.
 SKILL = {"NoPE": 0.05, "NoPE + Canon": 0.9, "RoPE": 0.72, "RoPE + Canon": 0.95}
 SCATTER = 0.03
+SEEDS = "seed,data.seed"  # the axis: one value for both
 HOPS = (1, 2, 4)
 CHANCE = 0.198
 
@@ -55,7 +56,7 @@ def make_sweep(
     Returns:
         The sweep, as a report reads it.
     """
-    axes = {"optimizer.lr": list(rates), **(others or {}), "seed": list(seeds)}
+    axes = {"optimizer.lr": list(rates), **(others or {}), SEEDS: list(seeds)}
     if expect is None:
         expect = (Statement(better=variants[-1], than=variants[0], by=0.3),)
         if variants == VARIANTS:
@@ -66,7 +67,7 @@ def make_sweep(
     sweep = Sweep(
         title=title,
         tasks={task: [] for task in tasks},
-        variants={variant: [f"model={i}"] for i, variant in enumerate(variants)},
+        variants={name: [f"model={i}"] for i, name in enumerate(variants)},
         axes=axes,
         expect=list(expect),
         metrics=metrics or {},
@@ -88,7 +89,9 @@ def make_sweep(
     return SweepResults(manifest)
 
 
-def make_run(folder: Path, job: Job, skill: float, *, size=0, fails=False, metric="test/accuracy", hops=HOPS) -> None:
+def make_run(
+    folder: Path, job: Job, skill: float, *, size: int = 0, fails=False, metric="test/accuracy", hops=HOPS
+) -> None:
     """Writes the folder of one run."""
     rng = np.random.default_rng([job.seed, sum(job.variant.encode()), sum(job.task.encode())])
     off = 0.12 * abs(math.log2(job.learning_rate / 2e-3))
@@ -141,17 +144,17 @@ def _jobs(sweep: Sweep, name: str) -> list[Job]:
     """As ``Sweep.jobs`` orders them, without composing configurations."""
     import itertools
 
-    order = sorted(sweep.axes, key=lambda key: key != "seed")
+    order = sorted(sweep.axes, key=lambda key: key != SEEDS)
     found = []
     for values in itertools.product(*(sweep.axes[key] for key in order)):
         settings = dict(zip(order, values, strict=True))
         for task, variant in itertools.product(sweep.tasks, sweep.variants):
             overrides = [
                 "experiment=fake",
-                *sweep.variants[variant],
-                *(f"{key}={value}" for key, value in settings.items()),
+                *sweep.variants_by_name[variant],
+                *(f"{key}={value}" for keys, value in settings.items() for key in keys.split(",")),
             ]
-            config = {"seed": settings["seed"], "optimizer": {"lr": settings["optimizer.lr"]}}
+            config = {"seed": settings[SEEDS], "optimizer": {"lr": settings["optimizer.lr"]}}
             found.append(
                 Job(task, variant, settings, overrides, config, f"{abs(hash_of(name, task, variant, settings)):012x}")
             )

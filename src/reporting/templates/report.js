@@ -74,6 +74,7 @@
       if (hidden.has(trace.meta.variant)) trace.visible = false;
       delete trace.meta;
     }
+    if (narrow.matches && spec.narrow) Object.assign(figure.layout.xaxis, spec.narrow);
     if (spec.rows) filterRows(figure, spec.rows);
     figure.layout.width = Math.min(Math.max(width, spec.minWidth || 0), spec.maxWidth || Infinity);
     if (coarse.matches || narrow.matches) figure.layout.dragmode = false; // a finger scrolls the page

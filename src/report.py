@@ -1,0 +1,90 @@
+"""Write the report of what has been run: ``python src/report.py``; ``sweeps=[results/R3]`` for some of it.
+
+It reads the files that sweeps and runs have left below ``logs/`` and needs nothing else: no GPU, no network, no finished sweep.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+# Run as a script, Python puts src/ itself on the path; the package is one level up.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from omegaconf import DictConfig  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from src.config import ConfigError, suggest, to_plain  # noqa: E402
+from src.entry import entrypoint  # noqa: E402
+from src.reporting.page import write_report  # noqa: E402
+from src.reporting.registry import Run, find_runs  # noqa: E402
+from src.reporting.results import SweepResults, find_sweeps  # noqa: E402
+from src.reporting.wording import identity  # noqa: E402
+
+
+def report(config: DictConfig) -> Path:
+    """Reads, writes, and says in a line what each sweep shows."""
+    plain = checked(config)
+    root = Path(plain["paths"]["log_dir"])
+    every = find_sweeps(root) if root.is_dir() else []
+    sweeps = chosen(every, plain["sweeps"])
+    runs = outside_of(every, root) if plain["runs"] and root.is_dir() else []
+    if not sweeps and not runs:
+        raise ConfigError(
+            f"nothing to report below {root}: python src/sweep.py sweep=results/R3 runs a sweep, python src/train.py a single model"
+        )
+    path = write_report(sweeps, Path(plain["output"]), runs)
+    console = Console(highlight=False, markup=False)
+    for sweep in sweeps:
+        done = sum(cell.runs for cell in sweep.cells)
+        told = f"{identity(sweep)}: {sweep.outcome}, {done} of {len(sweep.table)} runs finished; {sweep.plan['title']}"
+        console.print(told, soft_wrap=True)
+    if runs:
+        console.print(f"{len(runs)} run{'s' if len(runs) > 1 else ''} outside of sweeps", soft_wrap=True)
+    console.print(f"report: {path}", soft_wrap=True)
+    return path
+
+
+def chosen(every: list[SweepResults], names: list[str]) -> list[SweepResults]:
+    """The sweeps that were asked for, in the order of their names; a name without a scale means all of its scales.
+
+    Raises:
+        ConfigError: there is no such sweep on disk.
+    """
+    if not names:
+        return every
+    known = {identity(sweep) for sweep in every} | {sweep.name for sweep in every}
+    for name in names:
+        if name not in known:
+            there = (
+                suggest(name, known) if known else "there are none yet; python src/sweep.py sweep=results/R3 runs one"
+            )
+            raise ConfigError(f"sweeps: no sweep {name!r} has been run; {there}")
+    return [sweep for sweep in every if sweep.name in names or identity(sweep) in names]
+
+
+def outside_of(sweeps: list[SweepResults], root: Path) -> list[Run]:
+    """The runs below a folder that are no job of any sweep."""
+    jobs = {(sweep.path.parent / job["folder"]).resolve() for sweep in sweeps for job in sweep.plan["jobs"]}
+    return [run for run in find_runs(root) if run.folder.resolve() not in jobs]
+
+
+def checked(config: DictConfig) -> dict[str, Any]:
+    """The plain configuration, if its values are of the right kind.
+
+    Raises:
+        ConfigError: one of them is not.
+    """
+    plain = to_plain(config)
+    if not isinstance(plain["sweeps"], list) or not all(isinstance(name, str) for name in plain["sweeps"]):
+        raise ConfigError(f"sweeps={plain['sweeps']!r}: a list of names, [results/R3]")
+    if not isinstance(plain["runs"], bool):
+        raise ConfigError(f"runs={plain['runs']!r}: true or false")
+    if not plain["output"] or not isinstance(plain["output"], str):
+        raise ConfigError(f"output={plain['output']!r}: a folder")
+    return plain
+
+
+if __name__ == "__main__":
+    entrypoint("report", report)

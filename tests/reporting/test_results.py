@@ -1,0 +1,142 @@
+"""From runs to verdicts: which learning rate counts, what is paired, what may be said."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from src.reporting.results import SweepResults, compare, find_sweeps, judge, lower_is_better, write_manifest
+from src.reporting.statistics import difference
+from src.sweeps.plan import Job, Statement, Sweep
+
+
+def sweep(**changes) -> Sweep:
+    parts = {
+        "title": "a test",
+        "tasks": {"Depo": []},
+        "variants": {"none": [], "ABCD": []},
+        "axes": {"optimizer.lr": [0.1, 0.2], "seed,data.seed": [1, 2, 3]},
+        "expect": [Statement("ABCD", "none", 0.3)],
+    }
+    return Sweep(**(parts | changes))
+
+
+def results(
+    folder: Path, scores: dict[tuple[str, float, int], tuple[float, float] | None], described: Sweep | None = None
+):
+    """``scores``: (variant, rate, seed) -> (validation, test), None for a job that has not finished."""
+    described = described or sweep()
+    metric = described.metric
+    jobs = []
+    for (variant, rate, seed), values in scores.items():
+        name = f"{variant}-{rate}-{seed}"
+        config = {"seed": seed, "optimizer": {"lr": rate}}
+        jobs.append(
+            Job("Depo", variant, {"optimizer.lr": rate, "seed,data.seed": seed}, [f"seed={seed}"], config, name)
+        )
+        run = folder / "jobs" / name
+        run.mkdir(parents=True)
+        status = {"status": "failed" if values is None else "finished", "host": "x", "pid": 1}
+        (run / "run.json").write_text(json.dumps(status))
+        if values is not None:
+            metrics = {metric.replace("test/", "val/"): values[0], metric: values[1]}
+            content = {"config_hash": name, "metrics": metrics, "parameters": 100, "seconds": 5.0}
+            (run / "results.json").write_text(json.dumps(content))
+    path = folder / "sweeps" / "a" / "manifest.json"
+    write_manifest(path, "a", "smoke", described, jobs, folder / "jobs")
+    return SweepResults(path)
+
+
+def grid(none, abcd):
+    """Test scores by seed at rate 0.1; at 0.2 the validation is worse, and the test better."""
+    found = {}
+    for variant, values in (("none", none), ("ABCD", abcd)):
+        for seed, value in enumerate(values, start=1):
+            found[variant, 0.1, seed] = None if value is None else (0.9, value)
+            found[variant, 0.2, seed] = None if value is None else (0.1, 0.99)
+    return found
+
+
+def test_the_learning_rate_is_chosen_on_the_validation_set(tmp_path):
+    found = results(tmp_path, grid([0.1, 0.2, 0.3], [0.7, 0.8, 0.9]))
+    none, abcd = found.cells
+    assert (none.rate, abcd.rate) == (0.1, 0.1)
+    assert none.by_seed == {1: 0.1, 2: 0.2, 3: 0.3}
+    assert none.mean == pytest.approx(0.2)
+    assert none.best == 0.99  # the paper's measure sees all runs
+    assert (none.runs, none.planned) == (6, 6)
+    assert none.costs["parameters"] == 100
+    assert none.commands == [f"python src/train.py seed={seed}" for seed in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("none", "abcd", "outcome"),
+    [
+        ([0.1, 0.2, 0.3], [0.7, 0.8, 0.9], "confirmed"),
+        ([0.1, 0.2, 0.3], [0.2, 0.3, 0.41], "contradicted"),
+        ([0.1, 0.2, 0.3], [0.2, 0.9, 0.5], "inconclusive"),
+        ([0.1, 0.2, 0.3], [0.9, None, None], "inconclusive"),
+        ([0.1, 0.2, 0.3], [None, None, None], "inconclusive"),
+    ],
+)
+def test_verdicts(tmp_path, none, abcd, outcome):
+    found = results(tmp_path, grid(none, abcd))
+    (verdict,) = found.verdicts
+    assert verdict.outcome == found.outcome == outcome, verdict
+
+
+def test_a_verdict_needs_both_intervals():
+    clear = difference({(1,): 0.50, (2,): 0.52, (3,): 0.51}, {(1,): 0.0, (2,): 0.0, (3,): 0.0})
+    assert judge(clear, 0.45)[0] == "confirmed"
+    assert judge(clear, 0.505)[0] == "inconclusive"
+    assert judge(clear, 0.56)[0] == "contradicted"
+    wide = difference({(1,): 0.2, (2,): 0.8, (3,): 0.5}, {(1,): 0.0, (2,): 0.0, (3,): 0.0})
+    # The bootstrap of three values says [0.2, 0.8]; Student, [-0.2, 1.2].
+    assert wide.bootstrap.low > 0.1
+    assert judge(wide, 0.1)[0] == "inconclusive"
+    assert judge(difference({(1,): 1.0}, {(1,): 0.0}), 0.1)[0] == "inconclusive"
+
+
+def test_losses_are_better_when_lower(tmp_path):
+    described = sweep(metric="test/bits_per_byte", expect=[Statement("ABCD", "none", 0.05)])
+    scores = {}
+    for seed in (1, 2, 3):
+        scores["none", 0.1, seed], scores["ABCD", 0.1, seed] = (2.2, 2.2 + seed / 100), (2.0, 2.0 + seed / 100)
+        scores["none", 0.2, seed], scores["ABCD", 0.2, seed] = (3.0, 3.0), (1.9, 1.9)
+    found = results(tmp_path, scores, described)
+    none, abcd = found.cells
+    assert (none.rate, abcd.rate) == (0.1, 0.2)
+    assert abcd.best == 1.9
+    assert found.outcome == "confirmed"
+    assert found.verdicts[0].best_difference == pytest.approx(2.21 - 1.9)
+    assert [lower_is_better(name) for name in ("test/loss", "test/kl", "test/accuracy/hop1", "test/sequence")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_pairs_share_the_seed(tmp_path):
+    """A level that differs between seeds drops out of paired differences."""
+    found = results(tmp_path, grid([0.1, 0.4, 0.5], [0.6, 0.9, 0.99]))
+    paired = compare([found.cells[1]], [found.cells[0]])
+    assert paired is not None
+    assert paired.pairs == 3
+    assert paired.student.high - paired.student.low < 0.05
+    assert compare([found.cells[1]], []) is None
+
+
+def test_unfinished_jobs_are_told(tmp_path):
+    found = results(tmp_path, grid([0.1, 0.2, None], [0.7, 0.8, 0.9]))
+    assert found.cells[0].runs == 4
+    assert found.cells[0].planned == 6
+    assert sorted(found.table["status"].unique()) == ["failed", "finished"]
+    assert find_sweeps(tmp_path)[0].name == "a"
+
+
+def test_a_result_of_another_configuration_is_not_taken(tmp_path):
+    found = results(tmp_path, grid([0.1, 0.2, 0.3], [0.7, 0.8, 0.9]))
+    path = tmp_path / "jobs" / "none-0.1-1" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config_hash": "other"}))
+    assert SweepResults(found.path).cells[0].by_seed.keys() == {2, 3}
