@@ -144,6 +144,8 @@ def first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
         folder = CONFIG_DIR / override.key_or_group
         choices = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
         if not override.is_sweep_override() and isinstance(override.value(), str) and override.value() not in choices:
+            if (CONFIG_DIR / "sweep" / f"{override.value()}.yaml").is_file():
+                return f"{override.input_line}: a sweep of many runs; python src/sweep.py sweep={override.value()}"
             return (
                 f"{override.key_or_group}={override.value()}: no such choice; {suggest(str(override.value()), choices)}"
             )

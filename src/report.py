@@ -38,7 +38,7 @@ def report(config: DictConfig) -> Path:
     console = Console(highlight=False, markup=False)
     for sweep in sweeps:
         done = sum(cell.runs for cell in sweep.cells)
-        told = f"{identity(sweep)}: {sweep.outcome}, {done} of {len(sweep.table)} runs finished; {sweep.plan['title']}"
+        told = f"{identity(sweep)}: {sweep.outcome}, {done} of {len(sweep.rows)} runs finished; {sweep.plan['title']}"
         console.print(told, soft_wrap=True)
     if runs:
         console.print(f"{len(runs)} run{'s' if len(runs) > 1 else ''} outside of sweeps", soft_wrap=True)

@@ -162,6 +162,7 @@ def test_quickstart_command_compares_two_models(tmp_path):
     ("arguments", "words"),
     [
         (["experiment=quickstar"], ["experiment=quickstar", "did you mean 'quickstart'"]),
+        (["experiment=results/R3"], ["python src/sweep.py sweep=results/R3"]),
         (["canon.positon=A"], ["canon.positon", "did you mean 'positions'"]),
         (["optimzer.lr=1"], ["no key 'optimzer'", "did you mean 'optimizer'"]),
         (["canon.positions=AX"], ["no such point X", "Points: A "]),

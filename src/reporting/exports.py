@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.reporting.tables import Line, SweepTables, of_row
-from src.reporting.wording import half_interval, interval, known, metric_words, number, p_value, row_name
+from src.reporting.wording import half_interval, interval, known, metric_words, number, p_value, row_name, scored
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -96,7 +96,7 @@ def latex_differences(tables: SweepTables) -> str:
     body = [
         [
             *(latex(line[key]) for key in ("task", "first", "second")),
-            f"${number(line['difference'], signed=True)}$",
+            f"${scored(line['difference'], line['metric'], signed=True)}$",
             *(
                 f"${interval(line[f'{kind}_low'], line[f'{kind}_high'], signed=True)}$"
                 if known(line[f"{kind}_low"])
@@ -124,7 +124,7 @@ def _latex_score(line: Line | None) -> str:
     half = half_interval(line["low"], line["high"])
     spread = rf" \pm {number(half, like=line['mean'])}" if half is not None else ""
     seeds = f"{line['seeds']}" + (f" of {line['seeds_planned']}" if line["seeds"] < line["seeds_planned"] else "")
-    return f"${number(line['mean'])}{spread}$ ({seeds})"
+    return f"${scored(line['mean'], line['metric'])}{spread}$ ({seeds})"
 
 
 def _latex_table(about: str, columns: str, head: list[str], body: list[list[str]]) -> str:

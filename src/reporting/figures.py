@@ -28,6 +28,7 @@ from src.reporting.wording import (
     metric_words,
     number,
     rate,
+    scored,
 )
 
 Figure = dict[str, Any]
@@ -125,7 +126,7 @@ def _cell_text(line: Mapping[str, Any], score: str, value: float | None) -> tupl
     runs = f"{line['runs']} of {line['planned']} runs"
     if not known(value):
         return f"{NOTHING}<br>{small(runs)}", f"{NOTHING}<br>{small(runs)}"
-    head = f"<b>{number(value)}</b>"
+    head = f"<b>{scored(value, line['metric'])}</b>"
     if score == "best":
         told = small(runs if missing else f"best of {line['runs']}")
         return f"{head}<br>{told}", f"{head}<br>{told}"
@@ -171,8 +172,8 @@ def cell_words(line: Mapping[str, Any]) -> str:
         return f"<b>{where}</b><br>{runs}"
     seeds = f"{line['seeds']} of {line['seeds_planned']} seeds at learning rate {rate(line['learning_rate'])}"
     return (
-        f"<b>{where}</b><br>{label(metric_words(line['metric']))}: mean {number(line['mean'])}, "
-        f"95% {interval(line['low'], line['high'])}<br>{seeds}<br>best over learning rates {number(line['best'])}"
+        f"<b>{where}</b><br>{label(metric_words(line['metric']))}: mean {scored(line['mean'], line['metric'])}, "
+        f"95% {interval(line['low'], line['high'])}<br>{seeds}<br>best over learning rates {scored(line['best'], line['metric'])}"
         f"<br>{runs}<br><i>click for the commands</i>"
     )
 
@@ -184,7 +185,9 @@ def curves(tables: SweepTables, row: Row, quantity: str, looks: Mapping[str, Loo
         return None
     data = []
     for variant, line in _by_variant(tables, table):
-        data += _line_and_band(line, "step", looks[variant], variant, markers=len(line) <= 40)
+        data += _line_and_band(
+            line, "step", looks[variant], variant, markers=len(line) <= 40 and quantity != "train/loss"
+        )
     means = [point["mean"] for point in table]
     y = _score_axis(quantity)
     if "accuracy" not in quantity and min(point["low"] for point in table) > 0 and max(means) / min(means) > 50:
@@ -202,25 +205,28 @@ def rates(tables: SweepTables, row: Row, looks: Mapping[str, Look]) -> Figure | 
     existing = sorted({line["learning_rate"] for line in means})
     if len(existing) < 2:
         return None
+    metric = tables.sweep.plan["metrics"][row.task]
     data: list[dict[str, Any]] = []
     gap = min(math.log(b / a) for a, b in pairwise(existing))
     shown = _by_variant(tables, means)
     for place, (variant, line) in enumerate(shown):
         # Side by side, so that the seeds of one variant do not hide those of another.
         aside = math.exp(gap * 0.4 * ((place + 0.5) / len(shown) - 0.5))
-        data += _rate_traces(line, of_row(tables.seeds, row, variant), variant, looks[variant], aside)
+        data += _rate_traces(line, of_row(tables.seeds, row, variant), variant, looks[variant], aside, metric)
     pad = gap * 0.5 / math.log(10)
     x = axis("learning rate", type="log", tickvals=existing, ticktext=[rate(value) for value in existing])
     x["range"] = [math.log10(existing[0]) - pad, math.log10(existing[-1]) + pad]
-    return _figure(data, x, _score_axis(tables.sweep.plan["metrics"][row.task]), chance=tables.chance(row))
+    return _figure(data, x, _score_axis(metric), chance=tables.chance(row))
 
 
-def _rate_traces(means: list[Line], seeds: list[Line], variant: str, look: Look, aside: float) -> list[dict[str, Any]]:
+def _rate_traces(
+    means: list[Line], seeds: list[Line], variant: str, look: Look, aside: float, metric: str
+) -> list[dict[str, Any]]:
     common = {"meta": {"variant": variant}, "hoverinfo": "skip"}
     x, y = [line["learning_rate"] * aside for line in means], [line["mean"] for line in means]
     line = trace("lines", x, y, line={"color": look.token, "width": 2, "dash": look.dash}, **common)
     told = [
-        f"<b>{label(variant)}</b><br>{number(run['value'])} at learning rate {rate(run['learning_rate'])}, seed {run['seed']}"
+        f"<b>{label(variant)}</b><br>{scored(run['value'], metric)} at learning rate {rate(run['learning_rate'])}, seed {run['seed']}"
         for run in seeds
     ]
     points = trace(
@@ -266,7 +272,7 @@ def costs(tables: SweepTables, row: Row, cost: str, name: str, score: str, looks
         half = half_interval(line["low"], line["high"])
         if score == "mean" and half is not None:
             point["error_y"] = {"type": "data", "array": [half], "color": look.token, "thickness": 1.5, "width": 0}
-        told = f"<b>{label(line['variant'])}</b><br>{number(line[score])}"
+        told = f"<b>{label(line['variant'])}</b><br>{scored(line[score], line['metric'])}"
         told += f", 95% {interval(line['low'], line['high'])}" if score == "mean" else f", best of {line['runs']} runs"
         data.append(point | _told([f"{told}<br>{compact(line[cost])} {name}"]))
     x = _cost_axis([line[cost] for line in table])
@@ -386,7 +392,8 @@ def _figure(
     hovermode: str = "closest",
     height: int = 300,
 ) -> Figure:
-    x |= {"showline": True, "spikecolor": "@muted", "spikethickness": 1, "spikedash": "solid"}
+    # Accuracies have a grid line at 0, which is enough.
+    x |= {"showline": y.get("range") is None, "spikecolor": "@muted", "spikethickness": 1, "spikedash": "solid"}
     layout = base_layout() | {"xaxis": x, "yaxis": y, "hovermode": hovermode, "height": height}
     if chance is not None and known(chance):
         line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": chance, "y1": chance, "layer": "below"}
@@ -398,7 +405,7 @@ def _figure(
 
 
 def _score_axis(metric: str) -> dict[str, Any]:
-    return axis(range=[0, 1.04]) if "accuracy" in metric else axis()
+    return axis(range=[-0.03, 1.04]) if "accuracy" in metric else axis()
 
 
 def base_layout() -> dict[str, Any]:

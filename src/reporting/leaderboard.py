@@ -8,7 +8,7 @@ from typing import Any
 
 from src.reporting.sections import strip
 from src.reporting.tables import Line, Row, SweepTables
-from src.reporting.wording import compact, identity, interval, known, metric_words, number, short_settings
+from src.reporting.wording import compact, identity, interval, known, metric_words, scored, short_settings
 
 Key = tuple[str, str, str]  # task, metric, parameters of the data
 
@@ -31,14 +31,14 @@ def leaderboards(
             runs = tables.runs_of(cell)
             data = {key: value for key, value in (runs[0].results.get("data") or {}).items() if key != "seed"}
             key = (row.task, cell.metric, json.dumps(data, sort_keys=True))
-            score = next(s for s in tables.scores if (Row(s["task"], s["setting"]), s["variant"]) == (row, variant))
-            line = score | {"sweep": identity(tables.sweep), "slug": slug, "data": short_settings(data)}
+            cell_line = next(s for s in tables.scores if (Row(s["task"], s["setting"]), s["variant"]) == (row, variant))
+            line = cell_line | {"sweep": identity(tables.sweep), "slug": slug, "data": short_settings(data)}
             # The same runs may belong to several sweeps: one line for them.
             boards.setdefault(key, {}).setdefault((variant, *sorted(cell.folders.values())), line)
     found = []
     for (task, metric, _), board in sorted(boards.items(), key=lambda item: (numbers[item[0][0]], item[0])):
         lines = list(board.values())
-        by_score = {score: [_shown(line, lines, score) for line in _sorted(lines, score)] for score in ("mean", "best")}
+        by_score = {by: [_shown(line, lines, by) for line in _sorted(lines, by)] for by in ("mean", "best")}
         settings = any(line["setting"] for line in lines)
         head = {
             "settings": settings,
@@ -51,17 +51,17 @@ def leaderboards(
     return found, [line for board in boards.values() for line in _sorted(list(board.values()), "mean")]
 
 
-def _sorted(lines: list[Line], score: str) -> list[Line]:
-    return sorted(lines, key=lambda line: (line[score] if line["lower_is_better"] else -line[score], line["variant"]))
+def _sorted(lines: list[Line], by: str) -> list[Line]:
+    return sorted(lines, key=lambda line: (line[by] if line["lower_is_better"] else -line[by], line["variant"]))
 
 
-def _shown(line: Line, lines: list[Line], score: str) -> dict[str, Any]:
+def _shown(line: Line, lines: list[Line], by: str) -> dict[str, Any]:
     return {
         "variant": line["variant"],
         "slug": line["slug"],
         "setting": line["setting"],
         "sweep": line["sweep"],
-        "score": number(line[score]),
+        "score": scored(line[by], line["metric"]),
         "strip": strip(line, lines, "mean", "low", "high"),
         "interval": interval(line["low"], line["high"]) if known(line["mean"]) else "",
         "seeds": line["seeds"],

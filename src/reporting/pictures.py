@@ -15,7 +15,18 @@ from src.reporting.figures import COSTS_SHOWN, cost_ticks, shares_of
 from src.reporting.palette import HUES, THEMES, Look, on_scale
 from src.reporting.results import CONFIRMED, CONTRADICTED
 from src.reporting.tables import Line, Row, SweepTables, of_row
-from src.reporting.wording import NOTHING, TONES, compact, half_interval, known, metric_words, number, rate, row_name
+from src.reporting.wording import (
+    NOTHING,
+    TONES,
+    compact,
+    half_interval,
+    known,
+    metric_words,
+    number,
+    rate,
+    row_name,
+    scored,
+)
 
 COLORS = THEMES["light"]
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "x": "X", "star": "*"}
@@ -248,7 +259,7 @@ def _bands(axes: Axes, tables: SweepTables, table: list[Line], x: str, looks: Lo
 
 def _score_limits(axes: Axes, metric: str, chance: float | None) -> None:
     if "accuracy" in metric:
-        axes.set_ylim(0, 1.04)
+        axes.set_ylim(-0.03, 1.04)
     if chance is not None and known(chance):
         axes.axhline(chance, color=COLORS["muted"], linewidth=0.8, linestyle=":")
 
@@ -268,7 +279,7 @@ def _cell_lines(line: Line) -> tuple[str, str]:
         return NOTHING, runs
     half = half_interval(line["low"], line["high"])
     told = (f"±{number(half, like=line['mean'])} " if half is not None else "") + f"n={line['seeds']}"
-    return number(line["mean"]), told + (f"\n{runs}" if line["runs"] < line["planned"] else "")
+    return scored(line["mean"], line["metric"]), told + (f"\n{runs}" if line["runs"] < line["planned"] else "")
 
 
 def _tile(x: int, y: int, color: str) -> Any:

@@ -17,6 +17,7 @@ A *verdict* on a statement ("A scores at least 0.3 more than B"), from the inter
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -30,6 +31,7 @@ from src.reporting.statistics import Difference, Interval, difference, student_i
 from src.sweeps.plan import Job, Statement, Sweep, is_repetition
 
 CONFIRMED, CONTRADICTED, INCONCLUSIVE = "confirmed", "contradicted", "inconclusive"
+OTHER = "of another configuration"  # a run that has ended well in the job's folder, but was not the job
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ class SweepResults:
     def _row(self, job: dict[str, Any]) -> dict[str, Any]:
         run = Run(self.path.parent / job["folder"])
         done = run.status == FINISHED and run.results.get("config_hash") == job["name"]
-        metrics = run.metrics if done else {}
+        # A score that is no number (a run that diverged) is no score.
+        metrics = {name: x for name, x in run.metrics.items() if math.isfinite(x)} if done else {}
+        status = run.status if run.record else "planned"
         others = {key: value for key, value in job["settings"].items() if not is_repetition(key)}
         return {
             "job": job["name"],
@@ -118,7 +122,7 @@ class SweepResults:
             "seed": job["seed"],
             "learning_rate": job["learning_rate"],
             "others": json.dumps(others, sort_keys=True),
-            "status": FINISHED if done else run.status if run.record else "planned",
+            "status": OTHER if status == FINISHED and not done else status,
             "value": metrics.get(self.plan["metrics"][job["task"]]),
             "selection": metrics.get(self.plan["selections"][job["task"]]),
             "folder": str(run.folder),

@@ -23,6 +23,7 @@ from src.reporting.wording import (
     p_value,
     rate,
     row_name,
+    scored,
     smallest_p,
     title,
 )
@@ -132,12 +133,12 @@ class Section:
         numbers, remark = [], "" if known(line["difference"]) else line["reason"]
         if known(line["difference"]):
             numbers = [
-                ("difference", number(line["difference"], signed=True)),
+                ("difference", scored(line["difference"], line["metric"], signed=True)),
                 ("Student 95%", interval(line["student_low"], line["student_high"], signed=True)),
                 ("bootstrap 95%", interval(line["bootstrap_low"], line["bootstrap_high"], signed=True)),
                 ("pairs", f"{line['pairs']}, first better in {line['wins']}"),
                 ("p", p_value(line["p_value"]) + self._least(line)),
-                ("best runs", number(line["best_difference"], signed=True)),
+                ("best runs", scored(line["best_difference"], line["metric"], signed=True)),
             ]
             remark = "One seed has no interval." if line["seeds"] < 2 else ""
         look = {"tone": TONES.get(line["outcome"], "unsure"), "mark": MARKS[line["outcome"]]}
@@ -171,13 +172,13 @@ class Section:
             {
                 "row": row_name(line["task"], line["setting"]),
                 "variant": line["variant"],
-                "mean": number(line["mean"]),
+                "mean": scored(line["mean"], line["metric"]),
                 "interval": interval(line["low"], line["high"]) if known(line["mean"]) else NOTHING,
                 "seeds": f"{line['seeds']} of {line['seeds_planned']}"
                 if line["seeds"] < line["seeds_planned"]
                 else line["seeds"],
                 "rate": rate(line["learning_rate"]),
-                "best": number(line["best"]),
+                "best": scored(line["best"], line["metric"]),
                 "runs": f"{line['runs']} of {line['planned']}" if line["runs"] < line["planned"] else line["runs"],
                 "chance": number(line["chance"]),
                 "cell": i,
@@ -194,16 +195,16 @@ class Section:
             jobs = of_row(self.tables.jobs, row, line["variant"])
             at_rate = [job for job in jobs if line["learning_rate"] in (None, job["learning_rate"])]
             pairs = [
-                (metric_words(line["metric"]), number(line["mean"])),
+                (metric_words(line["metric"]), scored(line["mean"], line["metric"])),
                 ("95% interval", interval(line["low"], line["high"])),
                 ("learning rate", rate(line["learning_rate"])),
                 ("seeds", f"{line['seeds']} of {line['seeds_planned']}"),
-                ("best over learning rates", number(line["best"])),
+                ("best over learning rates", scored(line["best"], line["metric"])),
                 ("runs", f"{line['runs']} of {line['planned']} finished"),
             ]
             runs = [
                 {
-                    "name": f"seed {job['seed']}, {number(job['value']) if known(job['value']) else job['status']}"
+                    "name": f"seed {job['seed']}, {scored(job['value'], line['metric']) if known(job['value']) else job['status']}"
                     + (f", learning rate {rate(job['learning_rate'])}" if line["learning_rate"] is None else ""),
                     "folder": job["folder"],
                     "command": job["command"],
@@ -223,8 +224,8 @@ class Section:
             "status": job["status"],
             "error": job["error"],
             "done": job["value"] is not None,
-            "value": number(job["value"]),
-            "selection": number(job["selection"]),
+            "value": scored(job["value"], self.plan["metrics"][job["task"]]),
+            "selection": scored(job["selection"], self.plan["selections"][job["task"]]),
             "command": job["command"],
         } | self.where(job["task"])
 
@@ -286,7 +287,7 @@ class Section:
                     "task": line["task"],
                     "first": line["first"],
                     "second": line["second"],
-                    "difference": number(line["difference"], signed=True),
+                    "difference": scored(line["difference"], line["metric"], signed=True),
                     "student": interval(line["student_low"], line["student_high"], signed=True),
                     "bootstrap": interval(line["bootstrap_low"], line["bootstrap_high"], signed=True),
                     "pairs": line["pairs"],

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from src.reporting.registry import COSTS, FINISHED, Run
+from src.reporting.registry import COSTS, Run
 from src.reporting.results import Cell, SweepResults, compare
 from src.reporting.statistics import Difference, holm
 from src.reporting.wording import in_words, known, short_settings
 
 MOST_POINTS = 300  # of a curve; beyond that, neighbouring steps are averaged
-OTHER = "of another configuration"
+OTHER, SCORELESS = "of another configuration", "without a score"
 RATE_KEYS = ("task", "setting", "variant", "learning_rate")
 GROUP = re.compile(r"test/accuracy/([A-Za-z_]+)(\d+)\+?")  # hop4, depth6+
 
@@ -54,24 +54,22 @@ class SweepTables:
     @cached_property
     def jobs(self) -> list[Line]:
         """One line a job: what the plan says, how it stands, what it scored, its command."""
-        found: list[Line] = [
-            {str(key): value for key, value in line.items()} for line in self.sweep.table.to_dict("records")
-        ]
-        for line in found:
-            for key in ("value", "selection", *COSTS):
-                line[key] = line[key] if known(line[key]) else None
-            if line["status"] == FINISHED and line["steps"] is None:
-                # It has ended well but has nothing to give: other code or another configuration has run in the job's folder.
-                line["status"] = OTHER
+        found = []
+        for row in self.sweep.rows:
+            line: Line = row | {key: row[key] if known(row[key]) else None for key in ("value", "selection", *COSTS)}
+            if line["status"] == FINISHED and line["value"] is None:
+                # Other code or another configuration has run in the job's folder, or the score is missing or not a number.
+                line["status"] = OTHER if line["steps"] is None else SCORELESS
             line["setting"] = short_settings(json.loads(line["others"]))
             line["error"] = self.runs[line["folder"]].record.get("error") or ""
             line["folder"] = os.path.normpath(line["folder"])
+            found.append(line)
         return found
 
     @cached_property
     def runs(self) -> dict[str, Run]:
         """The runs by folder, whether or not there is anything."""
-        return {folder: Run(folder) for folder in self.sweep.table["folder"]}
+        return {row["folder"]: Run(row["folder"]) for row in self.sweep.rows}
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -41,6 +41,11 @@ def number(value: Any, signed: bool = False, like: Any = None) -> str:
     return text.replace("-", "−", 1) if text[0] == "-" else text
 
 
+def scored(value: Any, metric: str, signed: bool = False) -> str:
+    """A value of a metric: accuracies have three decimals however small they are."""
+    return number(value, signed, like=1.0 if "accuracy" in metric else None)
+
+
 def interval(low: Any, high: Any, signed: bool = False) -> str:
     """Such as [0.912, 0.987]."""
     if not known(low) or not known(high):

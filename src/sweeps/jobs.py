@@ -68,15 +68,21 @@ def is_finished(job: Job, root: Path) -> bool:
     return run.status == FINISHED and run.results.get("config_hash") == job.name
 
 
-def start_of(job: Job, root: Path) -> Start:
-    """The command that runs a job, from its newest whole checkpoint on where there is one. To be called with the lock held."""
+def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
+    """The command that runs a job, from its newest whole checkpoint on where there is one. To be called with the lock held.
+
+    Args:
+        job: the job.
+        root: folder of all jobs.
+        tidy: put checkpoints that cannot be gone on from out of the way; for one of the processes that run the job together.
+    """
     folder = job.folder(root)
     command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, f"hydra.run.dir={folder}"]
     checkpoint = _newest_checkpoint(folder / "checkpoints", job.config["trainer"]["max_steps"])
     if checkpoint is not None:
         step, path = checkpoint
         return Start([*command, f"ckpt_path={path}"], step)
-    if any((folder / "checkpoints").glob("*.ckpt")):
+    if tidy and any((folder / "checkpoints").glob("*.ckpt")):
         # Nothing in there can be gone on from: training had ended, or the files are not whole. A new run wants a folder without them.
         _set_aside(folder / "checkpoints")
     return Start(command, 0)

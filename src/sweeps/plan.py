@@ -52,16 +52,12 @@ class Statement:
         than: another.
         by: least difference.
         task: on which of the tasks; None for every one of them, which makes one statement each.
-        metric: None for the task's.
-        lower_is_better: such as losses and perplexities.
     """
 
     better: str
     than: str
     by: float = 0.0
     task: str | None = None
-    metric: str | None = None
-    lower_is_better: bool = False
 
 
 @dataclass(frozen=True)

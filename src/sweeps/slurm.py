@@ -132,7 +132,7 @@ def run_job(job: Job, root: Path) -> int:
         inherited = [lock.descriptor] if first else []
         with (job.folder(root) / "output.log").open("a") as log:
             done = subprocess.run(
-                start_of(job, root).command,
+                start_of(job, root, tidy=first).command,
                 check=False,
                 cwd=ROOT,
                 stdout=log,

@@ -57,19 +57,12 @@ def make_sweep(
         The sweep, as a report reads it.
     """
     axes = {"optimizer.lr": list(rates), **(others or {}), SEEDS: list(seeds)}
-    if expect is None:
-        expect = (Statement(better=variants[-1], than=variants[0], by=0.3),)
-        if variants == VARIANTS:
-            expect += (
-                Statement(better="NoPE + Canon", than="RoPE", by=0.3, task=tasks[0]),
-                Statement(better="NoPE + Canon", than="RoPE + Canon", by=-0.05, task=tasks[0]),
-            )
     sweep = Sweep(
         title=title,
         tasks={task: [] for task in tasks},
         variants={name: [f"model={i}"] for i, name in enumerate(variants)},
         axes=axes,
-        expect=list(expect),
+        expect=list(_statements(variants, tasks[0]) if expect is None else expect),
         metrics=metrics or {},
         published=published or {},
         source="Part 4.1, Result 3",
@@ -87,6 +80,15 @@ def make_sweep(
         metric = sweep.metric_of(job.task)
         make_run(job.folder(jobs_root), job, level, size=size, fails=fails, metric=metric, hops=hops)
     return SweepResults(manifest)
+
+
+def _statements(variants: Sequence[str], task: str) -> list[Statement]:
+    """One on every task; two more on the first for the default variants."""
+    found = [Statement(better=variants[-1], than=variants[0], by=0.3)]
+    if variants == VARIANTS:
+        found.append(Statement(better="NoPE + Canon", than="RoPE", by=0.3, task=task))
+        found.append(Statement(better="NoPE + Canon", than="RoPE + Canon", by=-0.05, task=task))
+    return found
 
 
 def make_run(

@@ -18,7 +18,7 @@ from src.reporting.published import beside, published, table
 from src.reporting.registry import Run, find_runs
 from src.reporting.results import find_sweeps
 from src.reporting.tables import MOST_POINTS, Row, SweepTables
-from src.reporting.wording import compact, in_words, interval, metric_words, number
+from src.reporting.wording import compact, in_words, interval, metric_words, number, scored
 from src.sweeps.plan import Statement
 from tests.reporting.fake_sweeps import VARIANTS, make_sweep, plain_run
 
@@ -248,6 +248,16 @@ def test_a_run_of_another_configuration_does_not_count_as_finished(tmp_path):
     assert [line["unfinished"] for line in tables.scores if line["unfinished"]] == ["1 of another configuration"]
 
 
+def test_a_run_without_the_metric_does_not_count_as_finished(tmp_path):
+    sweep = make_sweep(
+        tmp_path, tasks=("Depo",), variants=("A", "B"), rates=(1e-3,), seeds=(1, 2), unfinished=0, failed=0
+    )
+    path = next(tmp_path.rglob("results.json"))
+    path.write_text(path.read_text().replace('"test/accuracy":', '"test/other":'))
+    page = Page(write_report([sweep], tmp_path / "out"))
+    assert "3 of 4 finished; 1 without a score" in page.text
+
+
 def test_losses_are_better_when_lower(tmp_path):
     said = (Statement(better="good", than="bad", by=0.1),)
     sweep = make_sweep(
@@ -388,7 +398,8 @@ def test_numbers_are_written_as_people_read_them():
     assert [number(x) for x in (0.97138, 0.0, -0.0471, 0.0012345, 12345.6, None, float("nan"))] == [
         "0.971", "0.000", "−0.047", "0.0012", "12,346", "–", "–",
     ]  # fmt: skip
-    assert number(0.0047, like=0.9) == "0.005"
+    assert number(0.0047, like=0.9) == scored(0.0047, "test/accuracy") == "0.005"
+    assert scored(0.00472, "test/kl") == "0.0047"
     assert interval(0.00791, 0.0541, signed=True) == "[+0.008, +0.054]"
     assert interval(None, 1.0) == "no interval"
     assert [compact(x) for x in (5232, 17_696, 999_600, 1.3e6, 12, 1.5)] == [

@@ -139,4 +139,14 @@ def test_a_result_of_another_configuration_is_not_taken(tmp_path):
     found = results(tmp_path, grid([0.1, 0.2, 0.3], [0.7, 0.8, 0.9]))
     path = tmp_path / "jobs" / "none-0.1-1" / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"config_hash": "other"}))
-    assert SweepResults(found.path).cells[0].by_seed.keys() == {2, 3}
+    again = SweepResults(found.path)
+    assert again.cells[0].by_seed.keys() == {2, 3}
+    assert again.rows[0]["status"] == "of another configuration"
+
+
+def test_a_run_that_diverged_has_no_score(tmp_path):
+    scores = grid([0.1, 0.2, 0.3], [0.7, 0.8, 0.9])
+    scores["ABCD", 0.1, 3] = (float("nan"), float("nan"))
+    found = results(tmp_path, scores)
+    assert found.cells[1].by_seed.keys() == {1, 2}
+    assert found.verdicts[0].difference.pairs == 2
