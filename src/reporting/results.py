@@ -31,7 +31,8 @@ from src.reporting.statistics import Difference, Interval, difference, student_i
 from src.sweeps.plan import Job, Statement, Sweep, is_repetition
 
 CONFIRMED, CONTRADICTED, INCONCLUSIVE = "confirmed", "contradicted", "inconclusive"
-OTHER = "of another configuration"  # a run that has ended well in the job's folder, but was not the job
+# What has become of a job whose run has ended well and says nothing: it was another run, or its score is missing or no number.
+OTHER, SCORELESS = "of another configuration", "without a score"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,10 @@ class SweepResults:
         done = run.status == FINISHED and run.results.get("config_hash") == job["name"]
         # A score that is no number (a run that diverged) is no score.
         metrics = {name: x for name, x in run.metrics.items() if math.isfinite(x)} if done else {}
+        value = metrics.get(self.plan["metrics"][job["task"]])
         status = run.status if run.record else "planned"
+        if status == FINISHED and value is None:
+            status = SCORELESS if done else OTHER
         others = {key: value for key, value in job["settings"].items() if not is_repetition(key)}
         return {
             "job": job["name"],
@@ -122,8 +126,8 @@ class SweepResults:
             "seed": job["seed"],
             "learning_rate": job["learning_rate"],
             "others": json.dumps(others, sort_keys=True),
-            "status": OTHER if status == FINISHED and not done else status,
-            "value": metrics.get(self.plan["metrics"][job["task"]]),
+            "status": status,
+            "value": value,
             "selection": metrics.get(self.plan["selections"][job["task"]]),
             "folder": str(run.folder),
             "command": job["command"],

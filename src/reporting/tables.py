@@ -24,7 +24,6 @@ from src.reporting.statistics import Difference, holm
 from src.reporting.wording import in_words, known, short_settings
 
 MOST_POINTS = 300  # of a curve; beyond that, neighbouring steps are averaged
-OTHER, SCORELESS = "of another configuration", "without a score"
 RATE_KEYS = ("task", "setting", "variant", "learning_rate")
 GROUP = re.compile(r"test/accuracy/([A-Za-z_]+)(\d+)\+?")  # hop4, depth6+
 
@@ -57,9 +56,6 @@ class SweepTables:
         found = []
         for row in self.sweep.rows:
             line: Line = row | {key: row[key] if known(row[key]) else None for key in ("value", "selection", *COSTS)}
-            if line["status"] == FINISHED and line["value"] is None:
-                # Other code or another configuration has run in the job's folder, or the score is missing or not a number.
-                line["status"] = OTHER if line["steps"] is None else SCORELESS
             line["setting"] = short_settings(json.loads(line["others"]))
             line["error"] = self.runs[line["folder"]].record.get("error") or ""
             line["folder"] = os.path.normpath(line["folder"])

@@ -106,7 +106,7 @@ def test_a_broken_job_ends_as_one_that_was_not_broken(tmp_path):
     process = subprocess.Popen(
         start_of(job, broken).command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    wait_for(lambda: (job.folder(broken) / "checkpoints/step00000010.ckpt").exists())
+    wait_for((job.folder(broken) / "checkpoints/step00000010.ckpt").exists)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # A file that was being written when the power went.

@@ -52,7 +52,12 @@ def test_every_sweep_can_be_planned_at_every_scale(name):
         combinations = planned._combinations()
         # All of them would take minutes, and the experiments have tests of their own.
         for task, variant, settings in {str(c): c for c in (combinations[0], combinations[-1])}.values():
-            overrides = [*planned.base, *planned.tasks_by_name[task], "compare=null", *planned.variants_by_name[variant]]
+            overrides = [
+                *planned.base,
+                *planned.tasks_by_name[task],
+                "compare=null",
+                *planned.variants_by_name[variant],
+            ]
             local = ["trainer.accelerator=cpu", *(["data.path=."] if task == "text" else [])]
             job = job_of(task, variant, settings, [*overrides, *local], thorough=scale == "smoke")
             assert job.config["seed"] == settings["seed,data.seed"] == job.config["data"]["seed"]
