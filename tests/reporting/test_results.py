@@ -149,4 +149,6 @@ def test_a_run_that_diverged_has_no_score(tmp_path):
     scores["ABCD", 0.1, 3] = (float("nan"), float("nan"))
     found = results(tmp_path, scores)
     assert found.cells[1].by_seed.keys() == {1, 2}
-    assert found.verdicts[0].difference.pairs == 2
+    (verdict,) = found.verdicts
+    assert verdict.difference is not None
+    assert verdict.difference.pairs == 2
