@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -182,17 +182,21 @@ def stop(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def interruptible():
-    """SIGTERM ends a sweep as Ctrl-C does."""
+def interruptible() -> Iterator[None]:
+    """SIGTERM ends a sweep as Ctrl-C does, and Ctrl-C's signal does so in the background of a script too.
+
+    A shell script starts what it runs in the background with that signal ignored, and so would every job be.
+    """
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
 def visible_gpus() -> list[str]:

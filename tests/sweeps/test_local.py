@@ -97,6 +97,23 @@ def test_a_sweep_killed_in_the_middle_goes_on_and_runs_nothing_twice(tmp_path):
     assert (tmp_path / "sweeps/canon_points/smoke/manifest.json").is_file()
 
 
+def test_an_interrupted_sweep_interrupts_its_jobs_even_in_the_background_of_a_script(tmp_path):
+    """There the shell has told it, and all that it starts, to ignore Ctrl-C."""
+    script = ["bash", "-c", '"$@" & echo $!; wait $!', "bash", *arguments(tmp_path), "launcher.workers=1"]
+    process = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    sweep = int(process.stdout.readline())
+    wait_for(lambda: any((tmp_path / "jobs").glob("*/checkpoints/step*")))
+    os.kill(sweep, signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "The same command goes on" in printed
+    (folder,) = (tmp_path / "jobs").iterdir()
+    assert Run(folder).status in ("interrupted", "finished")  # unless it had just ended
+    assert "go on with" in (folder / "output.log").read_text() or Run(folder).status == "finished"
+
+
+@pytest.mark.slow
 def test_a_broken_job_ends_as_one_that_was_not_broken(tmp_path):
     (job,) = plan(variants={"ABCD": ["canon.positions=ABCD"]}).jobs()
     straight, broken = tmp_path / "straight", tmp_path / "broken"

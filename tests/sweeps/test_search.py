@@ -54,6 +54,7 @@ def test_a_search_ends_with_its_trials_and_finds_the_best(tmp_path: Path):
     assert {row["job"] for row in rows} == {path.name for path in (tmp_path / "jobs").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_hopeless_trial_is_stopped(tmp_path: Path):
     """A learning rate of nearly nothing, after four trials of another that have learnt."""
     described = search(
