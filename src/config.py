@@ -198,7 +198,12 @@ def _checked_value(value: Any, hint: Any, where: str) -> Any:
     try:
         read = adapter.validate_python(value)
     except ValidationError as error:
-        expected = "; ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
+        told = (".".join(map(str, problem["loc"])) for problem in error.errors())
+        messages = (
+            f"{place}: {problem['msg']}" if place and isinstance(value, list | dict) else problem["msg"]
+            for place, problem in zip(told, error.errors(), strict=True)
+        )
+        expected = "; ".join(dict.fromkeys(messages))
         raise ConfigError(f"{where}={value!r}: {expected}") from None
     if isinstance(value, bool) and not isinstance(read, bool):
         raise ConfigError(f"{where}={value!r}: a number, not true or false")

@@ -44,6 +44,7 @@ def run(config: DictConfig) -> dict[str, float]:
         ConfigError: before anything is trained, for a configuration or checkpoint that cannot be.
     """
     plain = checked(config)
+    check_machine(plain)
     output_dir = Path(plain["paths"]["output_dir"])
     checkpoint = _resume_from(plain)
     if plain["train"]:
@@ -142,8 +143,13 @@ def check_settings(plain: dict[str, Any]) -> None:
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and clip <= 0:
         raise ConfigError(f"trainer.gradient_clip_val={clip}: positive, or null for no clipping")
-    if trainer.get("accelerator") in ("cuda", "gpu") and not torch.cuda.is_available():
-        raise ConfigError(f"trainer.accelerator={trainer['accelerator']}: no CUDA device here. Use trainer=cpu")
+
+
+def check_machine(plain: dict[str, Any]) -> None:
+    """Raises a ConfigError when this machine lacks what the configuration asks for; another one may have it."""
+    accelerator = plain["trainer"].get("accelerator")
+    if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.accelerator={accelerator}: no CUDA device here. Use trainer=cpu")
 
 
 def refuse_foreign_checkpoints(output_dir: Path, checkpoint: str | None) -> None:

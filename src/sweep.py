@@ -17,13 +17,14 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from src.config import ConfigError, instantiate, to_plain  # noqa: E402
-from src.entry import entrypoint  # noqa: E402
+from src.build import CONFIG_DIR  # noqa: E402
+from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
+from src.entry import entrypoint, fail  # noqa: E402
 from src.reporting.results import SweepResults, write_manifest  # noqa: E402
-from src.sweeps.cost import duration, estimates, print_plan  # noqa: E402
+from src.sweeps.cost import duration, estimates, print_jobs, print_plan  # noqa: E402
 from src.sweeps.jobs import is_finished  # noqa: E402
 from src.sweeps.local import Local  # noqa: E402
-from src.sweeps.plan import Job, Sweep  # noqa: E402
+from src.sweeps.plan import Job, Sweep, as_override, quoted  # noqa: E402
 from src.sweeps.progress import Progress, settings_of  # noqa: E402
 from src.sweeps.search import Search, write_trials  # noqa: E402
 
@@ -33,21 +34,24 @@ def sweep(config: DictConfig) -> None:
     plain = to_plain(config)
     name = HydraConfig.get().runtime.choices.get("sweep")
     launcher = instantiate(plain["launcher"], "launcher")
-    base = [*(plain["sweep"].get("base") or []), *plain["overrides"]]
-    described: Sweep | Search = instantiate(plain["sweep"] | {"base": base}, "sweep")
+    described: Sweep | Search = instantiate(plain["sweep"] | {"overrides": plain["overrides"]}, "sweep")
     if isinstance(described, Search):
         search(described, plain, launcher)
         return
     planned = described.at(plain["scale"]).along(plain["axes"] or {})
     scale = plain["scale"] if described.scales else ""
-    jobs, root = planned.jobs(), Path(plain["jobs_dir"])
-    manifest = Path(plain["paths"]["output_dir"]) / "manifest.json"
+    with Console().status("planning"):
+        jobs, root = planned.jobs(), Path(plain["jobs_dir"])
+        expected = estimates(jobs, root)
+    command, changes = command_of(plain, str(name), scale)
+    # A trial with other values does not take the place of the sweep itself.
+    manifest = Path(plain["paths"]["output_dir"]) / changes / "manifest.json"
 
-    expected = estimates(jobs, root)
     print_plan(f"{name} {scale}: {planned.title}", jobs, root, expected, launcher.describe(), launcher.workers)
     if plain["dry_run"]:
+        print_jobs(jobs, root, expected)
         return
-    write_manifest(manifest, str(name), scale, planned, jobs, root)
+    write_manifest(manifest, f"{name}{changes and '+'}{changes}", scale, planned, jobs, root, command)
     told = Progress(jobs, root, expected, launcher.workers)
     try:
         launcher.run(jobs, root, told)
@@ -55,6 +59,14 @@ def sweep(config: DictConfig) -> None:
         print(f"\ninterrupted; {told.left()}. The same command goes on", flush=True)
         sys.exit(130)
     conclude(manifest, jobs, root, report=plain["report"])
+
+
+def command_of(plain: dict[str, Any], name: str, scale: str) -> tuple[str, str]:
+    """What a shell would run again, and a word that names what is changed in the sweep; empty if nothing is."""
+    words = ["python", "src/sweep.py", f"sweep={name}", *([f"scale={scale}"] if scale else [])]
+    changes = {key: plain[key] for key in ("axes", "overrides") if plain[key]}
+    words += [f"{key}={as_override(value)}" for key, value in changes.items()]
+    return " ".join(map(quoted, words)), config_hash(changes)[:6] if changes else ""
 
 
 def search(described: Search, plain: dict[str, Any], launcher: Any) -> None:
@@ -109,6 +121,14 @@ def _arguments(arguments: list[str]) -> list[str]:
     return ["sweep=" + a.removeprefix("experiment=") if a.startswith("experiment=") else a for a in found]
 
 
+def _chosen(arguments: list[str]) -> bool:
+    return any(argument.startswith(("sweep=", "-")) and argument != "-m" for argument in arguments)
+
+
 if __name__ == "__main__":
     sys.argv[1:] = _arguments(sys.argv[1:])
+    if not _chosen(sys.argv[1:]):
+        folder = CONFIG_DIR / "sweep"
+        there = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+        fail(f"sweep=: which one? There are: {', '.join(name for name in there if name != 'base')}")
     entrypoint("sweep", sweep)

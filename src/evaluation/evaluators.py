@@ -22,6 +22,7 @@ class Evaluator(Metric):
     """
 
     full_state_update = False
+    measures: tuple[str, ...] = ("loss", "token_accuracy")  # the names that ``compute`` may give
     nll_sum: Tensor
     right: Tensor
     targets: Tensor
@@ -65,6 +66,7 @@ class TextEvaluator(Evaluator):
         bytes_per_token: ``[vocab]`` bytes of text behind each token id; 0 for special tokens, whose cost counts all the same.
     """
 
+    measures = (*Evaluator.measures, "bits_per_byte")
     num_bytes: Tensor
 
     def __init__(self, bytes_per_token: NDArray[np.integer]):

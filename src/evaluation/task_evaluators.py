@@ -46,6 +46,7 @@ class TaskEvaluator(Evaluator):
         self.split: Split = cast(Split, split)
         self.written, self.batch_size = written, batch_size
         self.names = [f"accuracy/{group}" for group in task.groups] + list(task.extras)
+        self.measures = (*self.measures, "accuracy", *self.names)
         for name in ("group_right", "group_total"):
             self.add_state(name, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -104,6 +105,7 @@ class LanoEvaluator(TaskEvaluator):
     that were.
     """
 
+    measures = (*Evaluator.measures, "kl", "leaked", "entropy", "kl_sentences")
     distribution_sums: Tensor  # kl, leaked, entropy, sentences
 
     def __init__(self, task: Task, seed: int, split: str, written: int, batch_size: int):
@@ -137,6 +139,11 @@ class LanoEvaluator(TaskEvaluator):
 class CapoEvaluator(TaskEvaluator):
     """Adds how many bits about the people a model has learnt (Part 3.3): per person, per parameter, and the ceiling."""
 
+    measures = (
+        *Evaluator.measures,
+        *("name_nats", "value_nats", "bits_per_person", "bits_per_person_ceiling"),
+        *("bits_per_parameter", "bits_per_parameter_ceiling"),
+    )
     nats: Tensor  # of names, of values, and the number of biographies
 
     def __init__(self, task: Task, seed: int, split: str, written: int, batch_size: int):

@@ -90,7 +90,8 @@ class Recorded:
     def _write(self) -> None:
         earlier = []
         if self.path.is_file():
-            before = json.loads(self.path.read_text())
+            # Half a file, as a power cut leaves it, must not keep the run from going on.
+            before = _read_json(self.path) or {"status": "unreadable", "started": None, "pid": None}
             earlier = before.pop("earlier", [])
             if (before["started"], before["pid"]) != (self.attempt["started"], self.attempt["pid"]):
                 earlier.append(before)
@@ -232,7 +233,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a file whole or not at all: a reader, or a crash, never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
+    with part.open("w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
 
 

@@ -11,7 +11,7 @@ A *verdict* on a statement ("A scores at least 0.3 more than B"), from the inter
 
     confirmed      both the Student and the bootstrap interval lie at or above what was said
     contradicted   both lie below it
-    inconclusive   anything else, or fewer than two pairs of runs
+    inconclusive   anything else, or fewer than three seeds
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from src.reporting.statistics import Difference, Interval, difference, student_i
 from src.sweeps.plan import Job, Statement, Sweep, is_repetition
 
 CONFIRMED, CONTRADICTED, INCONCLUSIVE = "confirmed", "contradicted", "inconclusive"
+SEEDS_NEEDED = 3  # for a verdict
+ROUNDING = 1e-9
 # What has become of a job whose run has ended well and says nothing: it was another run, or its score is missing or no number.
 OTHER, SCORELESS = "of another configuration", "without a score"
 
@@ -236,13 +238,17 @@ def compare(better: list[Cell], than: list[Cell]) -> Difference | None:
 
 def judge(found: Difference, by: float) -> tuple[str, str]:
     """The outcome of "at least ``by`` more", and the numbers behind it."""
+    # Scores are shares of a few hundred answers: 0.7 - 0.4 is meant to be 0.3.
+    by -= ROUNDING
     low, high = min(found.student.low, found.bootstrap.low), max(found.student.high, found.bootstrap.high)
     numbers = (
         f"{found.mean:+.3f}, 95% t [{found.student.low:+.3f}, {found.student.high:+.3f}], "
         f"bootstrap [{found.bootstrap.low:+.3f}, {found.bootstrap.high:+.3f}], {found.pairs} pairs"
     )
-    if found.pairs < 2:
-        return INCONCLUSIVE, f"{found.mean:+.3f}, one pair of runs has no interval"
+    if found.unpaired:
+        numbers += f" ({found.unpaired} runs without a partner)"
+    if found.clusters < SEEDS_NEEDED:
+        return INCONCLUSIVE, f"{numbers}; fewer than {SEEDS_NEEDED} seeds"
     return (CONFIRMED if low >= by else CONTRADICTED if high < by else INCONCLUSIVE), numbers
 
 
@@ -257,7 +263,7 @@ def _best(cells: list[Cell]) -> float:
     return sum(cell.best for cell in cells) / len(cells)
 
 
-def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[Job], root: Path) -> None:
+def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[Job], root: Path, command: str) -> None:
     """Writes down the plan of a sweep, whole enough for a report to need nothing else but the runs.
 
     Args:
@@ -267,6 +273,7 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
         sweep: the plan.
         jobs: of the plan.
         root: folder of all jobs.
+        command: that runs the sweep again.
     """
     content: dict[str, Any] = {
         "name": name,
@@ -281,7 +288,7 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
         "expect": [asdict(statement) for statement in sweep.expect],
         "match": asdict(sweep.match) if sweep.match else None,
         "published": sweep.published,
-        "command": f"python src/sweep.py sweep={name}" + (f" scale={scale}" if scale else ""),
+        "command": command,
         "jobs": [
             {
                 "name": job.name,

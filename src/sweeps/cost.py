@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,19 @@ def estimates(jobs: list[Job], root: Path) -> dict[str, float]:
 
 def training_flops(job: Job) -> float:
     """Forward and backward, over the whole run."""
-    data: StreamDataModule = instantiate(job.config["data"], "data")
-    model = job.config["model"] | {"vocab_size": job.config["model"]["vocab_size"] or _vocabulary(job, data)}
-    net = model_from_config(model, device="meta")
-    tokens = job.config["trainer"]["max_steps"] * data.batch_size * data.window
+    section = {key: job.config[key] for key in ("data", "model")} | {"steps": job.config["trainer"]["max_steps"]}
+    section["model"] = section["model"] | {"seed": 0}
+    section["data"] = section["data"] | {"seed": 0}
+    return _flops(json.dumps(section, sort_keys=True))
+
+
+@lru_cache(maxsize=4096)
+def _flops(section: str) -> float:
+    job = json.loads(section)
+    data: StreamDataModule = instantiate(job["data"], "data")
+    vocabulary = job["model"]["vocab_size"] or _vocabulary(job["data"], data)
+    net = model_from_config(job["model"] | {"vocab_size": vocabulary}, device="meta")
+    tokens = job["steps"] * data.batch_size * data.window
     return 3.0 * net.flops_per_token(data.window - 1) * tokens
 
 
@@ -90,12 +100,20 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:.1f} days"
 
 
+def print_jobs(jobs: list[Job], root: Path, seconds: dict[str, float]) -> None:
+    """A line each: hash, task, variant, settings, expected time or that it is done; then how to run one alone."""
+    for job in jobs:
+        settings = ", ".join(f"{key}={value}" for key, value in job.settings.items())
+        left = duration(seconds[job.name]) if seconds[job.name] else "finished"
+        print(f"{job.name}  {job.task} | {job.variant} | {settings}  {left}")
+    print(f"\nthe first of them: {jobs[0].command}")
+
+
 def _kind(job: Job) -> str:
     free = {key for key in job.settings if is_repetition(key)}
     return json.dumps([job.task, job.variant, {k: v for k, v in job.settings.items() if k not in free}], sort_keys=True)
 
 
-def _vocabulary(job: Job, data: StreamDataModule) -> int:
+def _vocabulary(section: dict[str, Any], data: StreamDataModule) -> int:
     """The data's; a corpus would have to be tokenised first, so that its tokeniser's nominal size is taken."""
-    section: dict[str, Any] = job.config["data"]
     return data.vocab_size if "task" in section else int(section.get("tokenizer_size") or 256)

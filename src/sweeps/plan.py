@@ -28,11 +28,16 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Transformer
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from src.build import CONFIG_DIR, compose_config, swept_over
-from src.config import ConfigError, experiment_hash, suggest, to_plain
+from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
+from src.datamodules.task import TaskDataModule
+from src.entry import first_misspelt_key
+from src.evaluation.evaluators import TextEvaluator
 from src.matching import match_model
 from src.run import checked
 
@@ -124,7 +129,8 @@ class Sweep:
         axes: configuration key -> values; every combination is run. Keys joined by commas take the same value, as
             ``seed,data.seed`` does for weights and data. ``seed`` and ``optimizer.lr`` have a meaning in reports.
             The word ``recipe`` in place of values takes those that the task's experiment is swept over (``hydra.sweeper.params``).
-        base: overrides of every job.
+        base: overrides of every job, to which those of tasks and variants are added.
+        overrides: of every job, stronger than those of tasks and variants; an axis is stronger still.
         metric: what is compared, on the test set.
         metrics: task -> metric, where it is another.
         select: metric by which the best learning rate is chosen, on the validation set; None for the validation counterpart
@@ -144,6 +150,7 @@ class Sweep:
     variants: dict[str, list[str]] | list[str] = field(default_factory=dict)
     axes: dict[str, list[Any] | str] = field(default_factory=dict)
     base: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
     metric: str = "test/accuracy"
     metrics: dict[str, str] = field(default_factory=dict)
     select: str | None = None
@@ -255,16 +262,18 @@ class Sweep:
             ConfigError: one of them cannot be; the message names it.
         """
         found: dict[str, Job] = {}
-        tried: set[tuple[str, str]] = set()
+        tried: set[str] = set()  # tasks and variants that have been held against all signatures
         extra = self._matched()
         for task, variant, settings in self._combinations():
             overrides = [*self.base, *self.tasks_by_name[task], "compare=null", *self.variants_by_name[variant]]
-            overrides += extra[task, variant]
+            overrides += [*extra[task, variant], *self.overrides]
             try:
-                job = job_of(task, variant, settings, overrides, thorough=(task, variant) not in tried)
+                job = job_of(task, variant, settings, overrides, thorough=not {task, variant} <= tried)
             except ConfigError as error:
                 raise ConfigError(f"{task}, {variant}, {settings}: {error}") from error
-            tried.add((task, variant))
+            if task not in tried:
+                self._check_metrics(task, job.config["data"])
+            tried |= {task, variant}
             if job.name in found:
                 other = found[job.name]
                 raise ConfigError(
@@ -273,6 +282,20 @@ class Sweep:
                 )
             found[job.name] = job
         return list(found.values())
+
+    def _check_metrics(self, task: str, data: dict[str, Any]) -> None:
+        """Before anything is paid for: the runs will measure what is to be compared."""
+        if "task" in data:
+            datamodule: TaskDataModule = instantiate(data, "data")
+            known = datamodule.evaluator("test").measures
+        else:
+            known = TextEvaluator.measures  # building the data might mean to tokenise a corpus
+        for metric in (self.metric_of(task), self.selection_of(task)):
+            split, _, name = metric.partition("/")
+            if split not in ("test", "val") or name not in known:
+                raise ConfigError(
+                    f"sweep.metric={metric}: not measured on {task}; there are: test/, val/ {', '.join(known)}"
+                )
 
     def _combinations(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Task, variant and the axes' values, all of the first seed before any of the second."""
@@ -336,13 +359,17 @@ def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[st
     """
     values = {key: value for keys, value in settings.items() for key in keys.split(",")}
     chosen = {key for key in values if (CONFIG_DIR / key).is_dir()}
-    groups = [f"{key}={_text(values[key])}" for key in sorted(chosen)]
+    groups = [f"{key}={as_override(values[key])}" for key in sorted(chosen)]
     # Composing takes a tenth of a second, a copy a hundredth: thousands of jobs differ in seeds and rates alone.
-    config = copy.deepcopy(_composed((*overrides, *groups)))
-    for key in values.keys() - chosen:
-        OmegaConf.update(config, key, values[key], merge=False)
+    try:
+        config = copy.deepcopy(_composed((*overrides, *groups)))
+        for key in values.keys() - chosen:
+            OmegaConf.update(config, key, values[key], merge=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        own = [*overrides, *groups, *(f"{key}={as_override(values[key])}" for key in sorted(values.keys() - chosen))]
+        raise ConfigError(first_misspelt_key("train", own) or str(error).splitlines()[0]) from error
     plain = checked(config) if thorough else {k: v for k, v in to_plain(config).items() if k != "compare"}
-    own = [f"{key}={_text(value)}" for key, value in values.items()]
+    own = [f"{key}={as_override(value)}" for key, value in values.items()]
     return Job(task, variant, settings, [*overrides, *own], plain, experiment_hash(plain))
 
 
@@ -370,14 +397,14 @@ def quoted(word: str) -> str:
     return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
 
 
-def _text(value: Any) -> str:
+def as_override(value: Any) -> str:
     """A value as Hydra's override grammar writes it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):
-        return "[" + ",".join(_text(item) for item in value) + "]"
+        return "[" + ",".join(as_override(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str) and not re.fullmatch(r"[\w./+-]+", value):
         return "'" + value.replace("'", "\\'") + "'"
     return str(value)

@@ -32,6 +32,7 @@ class Search:
     Args:
         title: what it asks.
         base: overrides of every trial.
+        overrides: further ones.
         space: configuration key -> ``{low, high, log, step}`` or ``{choices: [...]}``.
         metric: of the validation set. Whether it is a loss is known by its name.
         trials: to be finished or pruned in all.
@@ -45,6 +46,7 @@ class Search:
     title: str
     space: dict[str, dict[str, Any]]
     base: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
     metric: str = "val/loss"
     trials: int = 16
     sampler: Literal["tpe", "random"] = "tpe"
@@ -98,7 +100,7 @@ class Search:
     def job(self, trial: Any) -> Job:
         """The job of a trial, which asks it for values."""
         values = {key: _suggested(trial, key, space) for key, space in self.space.items()}
-        return job_of("search", f"trial {trial.number}", values, [*self.base, "compare=null"])
+        return job_of("search", f"trial {trial.number}", values, [*self.base, "compare=null", *self.overrides])
 
     def run(self, launcher: Local, folder: Path, root: Path, told: Callable[[Job, str, float], Any]) -> Any:
         """Runs trials until there are ``trials`` of them.

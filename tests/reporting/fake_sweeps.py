@@ -71,7 +71,7 @@ def make_sweep(
     jobs = _jobs(sweep, name)
     jobs_root = root / "logs" / "jobs"
     manifest = root / "logs" / "sweeps" / name / "smoke" / "manifest.json"
-    write_manifest(manifest, name, "smoke", sweep, jobs, jobs_root)
+    write_manifest(manifest, name, "smoke", sweep, jobs, jobs_root, f"python src/sweep.py sweep={name} scale=smoke")
     begun = jobs[: math.floor(ran * len(jobs)) - (unfinished if ran == 1.0 else 0)]
     for number, job in enumerate(begun):
         fails = number >= len(begun) - failed

@@ -110,6 +110,13 @@ def test_a_run_that_was_killed_is_lost_and_not_running(tmp_path):
     assert Run(tmp_path).status == "running"  # nobody here can know
 
 
+def test_half_a_record_does_not_keep_a_run_from_going_on(tmp_path):
+    (tmp_path / "run.json").write_text('{"status": "running", "st')
+    with Recorded(tmp_path, "abc"):
+        pass
+    assert [attempt["status"] for attempt in Run(tmp_path).record["earlier"]] == ["unreadable"]
+
+
 def test_a_run_without_results_has_not_finished(tmp_path):
     with Recorded(tmp_path, "abc"):
         pass

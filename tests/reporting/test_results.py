@@ -43,7 +43,7 @@ def results(
             content = {"config_hash": name, "metrics": metrics, "parameters": 100, "seconds": 5.0}
             (run / "results.json").write_text(json.dumps(content))
     path = folder / "sweeps" / "a" / "manifest.json"
-    write_manifest(path, "a", "smoke", described, jobs, folder / "jobs")
+    write_manifest(path, "a", "smoke", described, jobs, folder / "jobs", "python src/sweep.py sweep=a")
     return SweepResults(path)
 
 
@@ -94,7 +94,22 @@ def test_a_verdict_needs_both_intervals():
     # The bootstrap of three values says [0.2, 0.8]; Student, [-0.2, 1.2].
     assert wide.bootstrap.low > 0.1
     assert judge(wide, 0.1)[0] == "inconclusive"
-    assert judge(difference({(1,): 1.0}, {(1,): 0.0}), 0.1)[0] == "inconclusive"
+    two = difference({(1,): 1.0, (2,): 1.0, (3,): 1.0}, {(1,): 0.0, (2,): 0.0})
+    assert judge(two, 0.1) == (
+        "inconclusive",
+        "+1.000, 95% t [+1.000, +1.000], bootstrap [+1.000, +1.000], 2 pairs "
+        "(1 runs without a partner); fewer than 3 seeds",
+    )
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.7, 0.4), (0.9, 0.6), (0.3, 0.0)])
+def test_rounding_does_not_decide(a, b):
+    assert judge(difference({1: a, 2: a, 3: a}, {1: b, 2: b, 3: b}), 0.3)[0] == "confirmed"
+    assert judge(difference({1: a, 2: a, 3: a}, {1: b, 2: b, 3: b}), 0.31)[0] == "contradicted"
+
+
+def test_a_vain_repetition():
+    assert judge(difference({1: 1.0}, {1: 0.0}), 0.1)[0] == "inconclusive"
 
 
 def test_losses_are_better_when_lower(tmp_path):

@@ -5,12 +5,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from src.build import CONFIG_DIR, compose_config
 from src.config import ConfigError, experiment_hash, instantiate, to_plain
+from src.run import check_machine
 from src.sweeps.cost import duration, estimates, training_flops
-from src.sweeps.plan import Job, Statement, Sweep, _text, job_of, quoted
+from src.sweeps.plan import Job, Statement, Sweep, as_override, job_of, quoted
 from src.sweeps.search import Search
 
 SWEEPS = sorted(
@@ -106,9 +108,25 @@ def test_a_command_can_be_typed_into_a_shell():
     "value", ["", "a b", "it's", "x,y", True, None, 3, 1e-3, [1, "a b"], {"k": [1, None]}, "[a]", "1e-3"]
 )
 def test_values_survive_hydras_grammar(value):
-    assert OverridesParser.create().parse_override(f"key={_text(value)}").value() == (
+    assert OverridesParser.create().parse_override(f"key={as_override(value)}").value() == (
         float(value) if value == "1e-3" else value
     )
+
+
+def test_overrides_of_every_job_are_stronger_than_those_of_tasks():
+    (job, *_) = small(
+        tasks={"Depo": ["data=depo_small", "trainer.max_steps=600"]}, overrides=["trainer.max_steps=7"]
+    ).jobs()
+    assert job.config["trainer"]["max_steps"] == 7
+
+
+def test_a_plan_needs_no_gpu_and_a_run_does(tmp_path):
+    """Login nodes have none."""
+    job = small(tasks={"Depo": ["experiment=single_gpu/depo1"]}).jobs()[0]
+    assert job.config["trainer"]["accelerator"] == "cuda"
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA device here"):
+            check_machine({"trainer": {"accelerator": "cuda"}})
 
 
 def test_a_scale_adds_to_the_base_and_replaces_the_rest():
@@ -149,6 +167,11 @@ def test_variants_can_be_made_equally_large():
         ({"match": {"budget": "parameters", "to": "x"}}, "sweep.match.to='x'"),
         ({"variants": {"a": ["canon.positions=AX"]}}, "Depo, a, .*no such point X"),
         ({"variants": {"a": [], "b": []}}, "two jobs of this sweep are the same run"),
+        ({"metric": "test/accuracy/hop9"}, "sweep.metric=test/accuracy/hop9: not measured on Depo; .*accuracy/hop2"),
+        ({"select": "train/loss"}, "sweep.metric=train/loss"),
+        ({"overrides": ["trainer.max_step=3"]}, "no key 'max_step' in trainer; did you mean 'max_steps'"),
+        ({"axes": {"optimizer.lrr": [1]}}, "optimizer.lrr"),
+        ({"axes": {"model": ["llamma"]}}, "did you mean 'llama'"),
         ({"axes": {"optimizer.lr": "recipe"}}, "is not swept over it, but over: none"),
     ],
 )
