@@ -87,6 +87,9 @@ def search(described: Search, plain: dict[str, Any], launcher: Any) -> None:
         print("\ninterrupted; the same command goes on", flush=True)
         sys.exit(130)
     path = write_trials(study, described, folder)
+    if not any(trial.value is not None for trial in study.trials):
+        print(f"no trial has ended well; all trials: {path}", file=sys.stderr)
+        sys.exit(1)
     best = study.best_trial
     chosen = " ".join(
         f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in best.params.items()

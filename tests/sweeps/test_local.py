@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -94,7 +95,11 @@ def test_a_sweep_killed_in_the_middle_goes_on_and_runs_nothing_twice(tmp_path):
     fourth = subprocess.run(arguments(tmp_path), check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "0 of 4 jobs to run" in fourth.stdout
     assert "started" not in fourth.stdout
-    assert (tmp_path / "sweeps/canon_points/smoke/manifest.json").is_file()
+    # With other values for axes and overrides it is a trial, beside the sweep itself.
+    assert not (tmp_path / "sweeps/canon_points/smoke/manifest.json").exists()
+    (manifest,) = (tmp_path / "sweeps/canon_points/smoke").glob("*/manifest.json")
+    again = shlex.split(json.loads(manifest.read_text())["command"])
+    assert again[:4] == ["python", "src/sweep.py", "sweep=canon_points", "axes={seed:[1],optimizer.lr:[0.001]}"]
 
 
 def test_an_interrupted_sweep_interrupts_its_jobs_even_in_the_background_of_a_script(tmp_path):
