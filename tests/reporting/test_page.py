@@ -360,7 +360,7 @@ def test_the_entry_point_reports_what_is_on_disk(tmp_path, capsys):
     plain_run(tmp_path / "logs" / "train" / "runs" / "one")
     assert report(config(tmp_path)) == tmp_path / "out" / "index.html"
     told = capsys.readouterr().out
-    assert "results/R3/smoke: contradicted, 4 of 6 runs finished; NoPE with Canon layers rises" in told
+    assert "results/R3/smoke: inconclusive, 4 of 6 runs finished; NoPE with Canon layers rises" in told
     assert "1 run outside of sweeps" in told
     assert f"report: {tmp_path / 'out' / 'index.html'}" in told
 
