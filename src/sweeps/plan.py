@@ -36,9 +36,9 @@ from pydantic import TypeAdapter, ValidationError
 from src.build import CONFIG_DIR, compose_config, swept_over
 from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.task import TaskDataModule
-from src.entry import first_misspelt_key
 from src.evaluation.evaluators import TextEvaluator
 from src.matching import match_model
+from src.overrides import first_misspelt_key
 from src.run import checked
 
 SEED, LEARNING_RATE = "seed", "optimizer.lr"
