@@ -25,7 +25,7 @@ from src.sweeps.cost import duration, estimates, print_jobs, print_plan  # noqa:
 from src.sweeps.jobs import is_finished  # noqa: E402
 from src.sweeps.local import Local  # noqa: E402
 from src.sweeps.plan import Job, Sweep, as_override, quoted  # noqa: E402
-from src.sweeps.progress import Progress, settings_of  # noqa: E402
+from src.sweeps.progress import Progress  # noqa: E402
 from src.sweeps.search import Search, write_trials  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def sweep(config: DictConfig) -> None:
 
     print_plan(f"{name} {scale}: {planned.title}", jobs, root, expected, launcher.describe(), launcher.workers)
     if plain["dry_run"]:
-        print_jobs(jobs, root, expected)
+        print_jobs(jobs, expected)
         return
     write_manifest(manifest, f"{name}{changes and '+'}{changes}", scale, planned, jobs, root, command)
     told = Progress(jobs, root, expected, launcher.workers)
@@ -79,7 +79,10 @@ def search(described: Search, plain: dict[str, Any], launcher: Any) -> None:
     folder, root = Path(plain["paths"]["output_dir"]), Path(plain["jobs_dir"])
 
     def told(job: Job, what: str, seconds: float) -> None:
-        print(f"{job.variant} | {settings_of(job)}: {what}{f' in {duration(seconds)}' if seconds else ''}", flush=True)
+        print(
+            f"{job.variant} | {job.settings_in_words}: {what}{f' in {duration(seconds)}' if seconds else ''}",
+            flush=True,
+        )
 
     try:
         study = described.run(launcher, folder, root, told)

@@ -77,11 +77,10 @@ def print_plan(title: str, jobs: list[Job], root: Path, seconds: dict[str, float
     for job in jobs:
         rows.setdefault((job.task, job.variant), []).append(job)
     for (task, variant), members in rows.items():
-        finished = sum(is_finished(job, root) for job in members)
-        times = [seconds[job.name] for job in members if seconds[job.name]]
-        took = [float(Run(j.folder(root)).results["seconds"]) for j in members if is_finished(j, root)]
-        shown = duration(statistics.median(times or took))
-        table.add_row(task, variant, str(len(members)), str(finished), f"{training_flops(members[0]):.1e}", shown)
+        left = [job for job in members if seconds[job.name]]
+        took = [float(Run(job.folder(root)).results["seconds"]) for job in members if not seconds[job.name]]
+        shown = duration(statistics.median([seconds[job.name] for job in left] or took))
+        table.add_row(task, variant, str(len(members)), str(len(took)), f"{training_flops(members[0]):.1e}", shown)
     console = Console()
     console.print(table)
     total = sum(seconds.values())
@@ -100,18 +99,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:.1f} days"
 
 
-def print_jobs(jobs: list[Job], root: Path, seconds: dict[str, float]) -> None:
+def print_jobs(jobs: list[Job], seconds: dict[str, float]) -> None:
     """A line each: hash, task, variant, settings, expected time or that it is done; then how to run one alone."""
     for job in jobs:
-        settings = ", ".join(f"{key}={value}" for key, value in job.settings.items())
         left = duration(seconds[job.name]) if seconds[job.name] else "finished"
-        print(f"{job.name}  {job.task} | {job.variant} | {settings}  {left}")
+        print(f"{job.name}  {job.task} | {job.variant} | {job.settings_in_words}  {left}")
     print(f"\nthe first of them: {jobs[0].command}")
 
 
 def _kind(job: Job) -> str:
-    free = {key for key in job.settings if is_repetition(key)}
-    return json.dumps([job.task, job.variant, {k: v for k, v in job.settings.items() if k not in free}], sort_keys=True)
+    asked = {keys: value for keys, value in job.settings.items() if not is_repetition(keys)}
+    return json.dumps([job.task, job.variant, asked], sort_keys=True)
 
 
 def _vocabulary(section: dict[str, Any], data: StreamDataModule) -> int:

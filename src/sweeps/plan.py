@@ -101,6 +101,14 @@ class Job:
         """Peak learning rate."""
         return self.config["optimizer"]["lr"]
 
+    @property
+    def settings_in_words(self) -> str:
+        """The axes' values in a line."""
+        return ", ".join(
+            f"{keys}={value:.4g}" if isinstance(value, float) else f"{keys}={value}"
+            for keys, value in self.settings.items()
+        )
+
     def folder(self, root: Path) -> Path:
         """Where the run is, below the folder of all jobs."""
         return root / self.name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from pathlib import Path
 
 from src.sweeps.cost import duration
@@ -18,7 +16,6 @@ class Progress:
         self.jobs, self.root, self.expected, self.workers = jobs, root, expected, workers
         self.done = {job.name for job in jobs if is_finished(job, root)}
         self.failed: set[str] = set()
-        self.began = time.monotonic()
 
     def __call__(self, job: Job, what: str, seconds: float) -> None:
         """Prints it."""
@@ -33,7 +30,7 @@ class Progress:
             what = "is being run by another process; waiting for it"
         took = f" in {duration(seconds)}" if seconds else ""
         print(
-            f"[{len(self.done):>3}/{len(self.jobs)}] {job.task} | {job.variant} | {settings_of(job)}: {what}{took}{self._ahead()}",
+            f"[{len(self.done):>3}/{len(self.jobs)}] {job.task} | {job.variant} | {job.settings_in_words}: {what}{took}{self._ahead()}",
             flush=True,
         )
 
@@ -42,13 +39,6 @@ class Progress:
         return f"; about {duration(left / self.workers)} left" if left else ""
 
     def left(self) -> str:
-        """How many jobs are not finished."""
-        states = Counter("finished" if is_finished(job, self.root) else "left" for job in self.jobs)
-        return f"{states['finished']} of {len(self.jobs)} jobs are finished"
-
-
-def settings_of(job: Job) -> str:
-    """The axes' values in a line."""
-    return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in job.settings.items()
-    )
+        """How many jobs are finished."""
+        finished = sum(is_finished(job, self.root) for job in self.jobs)
+        return f"{finished} of {len(self.jobs)} jobs are finished"
