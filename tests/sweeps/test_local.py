@@ -16,7 +16,8 @@ import torch
 
 from src.config import ConfigError
 from src.reporting.registry import Run
-from src.sweeps.jobs import Lock, is_finished, start_of
+from src.sweeps import local
+from src.sweeps.jobs import Lock, Start, is_finished, start_of
 from src.sweeps.local import Local, visible_gpus
 from src.sweeps.plan import Job, Sweep
 from tests.runs import ROOT, TINY, same
@@ -183,6 +184,22 @@ def test_a_lock_is_held_by_whoever_inherits_it(tmp_path):
     assert not Lock(tmp_path).acquire()
     child.communicate(b"\n")
     assert Lock(tmp_path).acquire()
+
+
+def test_a_job_keeps_its_lock_when_its_sweep_is_gone(tmp_path, monkeypatch):
+    job = plan().jobs()[0]
+    sleeping = Start([sys.executable, "-c", "import time; time.sleep(60)"], 0)
+    monkeypatch.setattr(local, "start_of", lambda *_: sleeping)
+    lock = Lock(job.folder(tmp_path))
+    assert lock.acquire()
+    process, _ = local.launch(job, tmp_path, lock, {})
+    lock.release()  # as the end of the sweep's process does
+    try:
+        assert not Lock(job.folder(tmp_path)).acquire()
+    finally:
+        process.kill()
+        process.wait()
+    assert Lock(job.folder(tmp_path)).acquire()
 
 
 def test_checkpoints_that_cannot_be_gone_on_from_are_set_aside(tmp_path):
