@@ -117,30 +117,6 @@ def match_model(
     return Matched(overrides=added, value=found[budget], target=goal, error=found[budget] / goal - 1, **found)
 
 
-def matched_table(variants: dict[str, list[str]], seq_len: int = 2048) -> list[dict[str, Any]]:
-    """What several models have of each budget, to print next to their scores.
-
-    Args:
-        variants: for each name, overrides of ``configs/train.yaml``.
-        seq_len: tokens of a sequence, for FLOPs and state.
-
-    Returns:
-        One row for each variant: ``name``; ``parameters``, ``flops``, ``state``, ``dim`` and ``depth`` as in ``Matched``; and each of
-        these over the first variant's, as ``parameters_ratio`` and so on (nan where the first has 0).
-
-    Raises:
-        ConfigError: for overrides that describe no model, or seq_len below 1.
-    """
-    rows: list[dict[str, Any]] = []
-    for name, overrides in variants.items():
-        _check_arguments(overrides, "parameters", "width", seq_len)
-        found = _summary(build_model(overrides, device="meta"), seq_len)
-        first = rows[0] if rows else found
-        ratios = {f"{key}_ratio": found[key] / first[key] if first[key] else math.nan for key in found}
-        rows.append({"name": name, **found, **ratios})
-    return rows
-
-
 class _Line:
     """Candidates numbered in growing order from ``first`` to ``last``, some of which the constructors refuse."""
 

@@ -21,7 +21,7 @@ from src.build import CONFIG_DIR  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
 from src.entry import entrypoint, fail  # noqa: E402
 from src.reporting.results import SweepResults, write_manifest  # noqa: E402
-from src.sweeps.cost import duration, estimates, print_jobs, print_plan  # noqa: E402
+from src.sweeps.cost import duration, estimates, print_jobs, print_matched, print_plan  # noqa: E402
 from src.sweeps.jobs import is_finished  # noqa: E402
 from src.sweeps.local import Local  # noqa: E402
 from src.sweeps.plan import Job, Sweep, as_override, quoted  # noqa: E402
@@ -48,6 +48,8 @@ def sweep(config: DictConfig) -> None:
     manifest = Path(plain["paths"]["output_dir"]) / changes / "manifest.json"
 
     print_plan(f"{name} {scale}: {planned.title}", jobs, root, expected, launcher.describe(), launcher.workers)
+    if planned.match:
+        print_matched(jobs, planned.match)
     if plain["dry_run"]:
         print_jobs(jobs, expected)
         return

@@ -11,7 +11,7 @@ import src.matching
 from src.build import CONFIG_DIR, build_model, compose_config, model_from_config
 from src.components.backbone import Backbone
 from src.config import ConfigError, to_plain
-from src.matching import match_model, matched_table
+from src.matching import match_model
 
 MODELS = sorted(p.stem for p in (CONFIG_DIR / "model").glob("*.yaml") if p.stem != "base")
 SMALL = "model.vocab_size=50"  # so that the blocks decide
@@ -225,33 +225,3 @@ def test_arguments_that_make_no_sense():
         arguments: dict[str, Any] = good | {name: value}
         with pytest.raises(ConfigError, match=message):
             match_model(**arguments)
-
-
-# The table
-
-
-def test_table():
-    variants = {
-        "attention": ["model=llama", SMALL],
-        "no position": ["model=llama", "size.depth=4", SMALL],
-        "GLA": ["model=gla", SMALL],
-    }
-    rows = matched_table(variants, seq_len=100)
-    assert [row["name"] for row in rows] == list(variants)
-    for row, overrides in zip(rows, variants.values(), strict=True):
-        net = meta(*overrides)
-        expected = {budget: count(net, budget, 100) for budget in ("parameters", "flops", "state")}
-        expected |= {"dim": net.dim, "depth": net.depth}
-        assert {key: row[key] for key in expected} == expected
-        assert {key: row[f"{key}_ratio"] for key in expected} == {key: row[key] / rows[0][key] for key in expected}
-        assert len(row) == 11
-    assert rows[1]["state_ratio"] == rows[1]["depth_ratio"] == 2.0
-    assert rows[2]["state_ratio"] < 0.1
-    assert matched_table({}) == []
-
-
-def test_table_without_a_state_to_compare_with(monkeypatch):
-    monkeypatch.setattr(Backbone, "state_size", lambda self, seq_len: 0)
-    assert math.isnan(matched_table({"a": []})[0]["state_ratio"])
-    with pytest.raises(ConfigError, match="seq_len=0"):
-        matched_table({"a": []}, seq_len=0)

@@ -49,6 +49,11 @@ class StreamDataModule(L.LightningDataModule, ABC):
     def vocab_size(self) -> int:
         """One more than the largest token id."""
 
+    @property
+    def expected_vocab_size(self) -> int:
+        """The same, where it can be told before the data are prepared; else what is asked for."""
+        return self.vocab_size
+
     @abstractmethod
     def evaluator(self, split: str) -> Evaluator:
         """A fresh metric for this data; ``split`` is val or test."""

@@ -136,6 +136,11 @@ class TextDataModule(StreamDataModule):
         """The tokeniser's."""
         return self.corpus.vocab_size
 
+    @property
+    def expected_vocab_size(self) -> int:
+        """What the tokeniser is asked to have."""
+        return self.options.expected_vocab_size
+
     def evaluator(self, split: str) -> TextEvaluator:
         """Loss, token accuracy and bits per byte."""
         return TextEvaluator(self.corpus.tokenizer.bytes_per_token)

@@ -10,7 +10,7 @@ Three seeds are typical, and no arithmetic makes much of three numbers. So every
   three differences, which misses the median over all seeds in a quarter of all experiments.
 - The sign-flip test assumes only that without an effect a difference is as likely as its negative. With n seeds its p-value cannot be below
   2 / 2^n: 0.25 for three, 0.063 for five, 0.031 for six. Three seeds cannot be significant in this sense, whatever the difference.
-- Many comparisons in one table need ``holm``; the best of many learning rates needs ``expected_best``.
+- Many comparisons in one table need ``holm``.
 """
 
 from __future__ import annotations
@@ -166,30 +166,6 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
     return adjusted
-
-
-def expected_best(values: ArrayLike, k: int) -> float:
-    """Expected maximum of k of the values, drawn without replacement: what "best of k learning rates" adds by itself.
-
-    Dodge et al. 2019 ("Show Your Work") with replacement; this is the unbiased form (Tang et al. 2020): the i-th smallest of n
-    is the best of C(i - 1, k - 1) out of C(n, k) choices. k = 1 is the mean, k = n the maximum.
-
-    Args:
-        values: ``[n]`` finite scores, higher is better.
-        k: how many are tried, from 1 to n.
-
-    Returns:
-        The expected best score, in the unit of the values.
-
-    Raises:
-        ValueError: for no values, values that are not finite, or k outside 1 .. n.
-    """
-    x = np.sort(_numbers(values))
-    n = len(x)
-    if not 1 <= k <= n:
-        raise ValueError(f"k={k}: from 1 to {n}, the number of values")
-    # Quotients of whole numbers of any length, and terms that add up to one.
-    return math.fsum(math.comb(i, k - 1) / math.comb(n, k) * float(x[i]) for i in range(k - 1, n))
 
 
 @dataclass(frozen=True)

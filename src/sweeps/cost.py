@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from src.build import model_from_config
+from src.components.backbone import Backbone
 from src.config import instantiate
 from src.datamodules.base import StreamDataModule
 from src.reporting.registry import Run
 from src.sweeps.jobs import is_finished
-from src.sweeps.plan import Job, is_repetition
+from src.sweeps.plan import Job, Match, is_repetition
 
 # Floating-point operations per second that training sustains, where nothing has been measured: a small model on a core, and
 # bf16 on a recent datacentre GPU. They are guesses within a factor of three.
@@ -47,20 +48,24 @@ def estimates(jobs: list[Job], root: Path) -> dict[str, float]:
 
 def training_flops(job: Job) -> float:
     """Forward and backward, over the whole run."""
-    section = {key: job.config[key] for key in ("data", "model")} | {"steps": job.config["trainer"]["max_steps"]}
-    section["model"] = section["model"] | {"seed": 0}
-    section["data"] = section["data"] | {"seed": 0}
-    return _flops(json.dumps(section, sort_keys=True))
+    data = job.config["data"]
+    tokens = job.config["trainer"]["max_steps"] * data["batch_size"] * data["window"]
+    return 3.0 * net_of(job).flops_per_token(data["window"] - 1) * tokens
+
+
+def net_of(job: Job) -> Backbone:
+    """The model of a job, on the meta device."""
+    section = {key: job.config[key] | {"seed": 0} for key in ("data", "model")}
+    return _net(json.dumps(section, sort_keys=True))
 
 
 @lru_cache(maxsize=4096)
-def _flops(section: str) -> float:
+def _net(section: str) -> Backbone:
     job = json.loads(section)
     data: StreamDataModule = instantiate(job["data"], "data")
-    vocabulary = job["model"]["vocab_size"] or _vocabulary(job["data"], data)
-    net = model_from_config(job["model"] | {"vocab_size": vocabulary}, device="meta")
-    tokens = job["steps"] * data.batch_size * data.window
-    return 3.0 * net.flops_per_token(data.window - 1) * tokens
+    return model_from_config(
+        job["model"] | {"vocab_size": job["model"]["vocab_size"] or data.expected_vocab_size}, "meta"
+    )
 
 
 def on_gpu(job: Job) -> bool:
@@ -91,6 +96,24 @@ def print_plan(title: str, jobs: list[Job], root: Path, seconds: dict[str, float
     )
 
 
+def print_matched(jobs: list[Job], match: Match) -> None:
+    """What the variants have of each budget, after they were made equal in one of them: relative to the one that stayed as it is."""
+    table = Table(title=f"{match.budget} of {match.to}, by {match.change}", title_justify="left")
+    for column in ("task", "variant", "width", "depth", "parameters", "FLOPs a token", "state"):
+        table.add_column(column, justify="left" if column in ("task", "variant") else "right")
+    kinds = list({_kind(job): job for job in jobs}.values())
+    for job in kinds:
+        like = next(j for j in kinds if (j.task, j.variant, _asked(j)) == (job.task, match.to, _asked(job)))
+        own, its = (_budgets(net_of(j), j.config["data"]["window"] - 1) for j in (job, like))
+        cells = [f"{a:,} (x{a / b:.3g})" if b else f"{a:,}" for a, b in zip(own, its, strict=True)]
+        table.add_row(job.task, job.variant, str(net_of(job).dim), str(net_of(job).depth), *cells)
+    Console().print(table)
+
+
+def _budgets(net: Backbone, seq_len: int) -> tuple[int, int, int]:
+    return net.count_parameters(), net.flops_per_token(seq_len), net.state_size(seq_len)
+
+
 def duration(seconds: float) -> str:
     """Such as 42 s, 12 min, 3.5 h, 2.1 days."""
     for limit, unit, name in ((100, 1, "s"), (100 * 60, 60, "min"), (72 * 3600, 3600, "h")):
@@ -108,10 +131,8 @@ def print_jobs(jobs: list[Job], seconds: dict[str, float]) -> None:
 
 
 def _kind(job: Job) -> str:
-    asked = {keys: value for keys, value in job.settings.items() if not is_repetition(keys)}
-    return json.dumps([job.task, job.variant, asked], sort_keys=True)
+    return json.dumps([job.task, job.variant, _asked(job)], sort_keys=True)
 
 
-def _vocabulary(section: dict[str, Any], data: StreamDataModule) -> int:
-    """The data's; a corpus would have to be tokenised first, so that its tokeniser's nominal size is taken."""
-    return data.vocab_size if "task" in section else int(section.get("tokenizer_size") or 256)
+def _asked(job: Job) -> dict[str, Any]:
+    return {keys: value for keys, value in job.settings.items() if not is_repetition(keys)}

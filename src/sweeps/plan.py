@@ -35,6 +35,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from src.build import CONFIG_DIR, compose_config, swept_over
 from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
+from src.datamodules.base import StreamDataModule
 from src.datamodules.task import TaskDataModule
 from src.evaluation.evaluators import TextEvaluator
 from src.matching import match_model
@@ -271,11 +272,10 @@ class Sweep:
         """
         found: dict[str, Job] = {}
         tried: set[str] = set()  # tasks and variants that have been held against all signatures
-        extra = self._matched()
+        matched: dict[str, list[str]] = {}
         for task, variant, settings in self._combinations():
-            overrides = [*self.base, *self.tasks_by_name[task], "compare=null", *self.variants_by_name[variant]]
-            overrides += [*extra[task, variant], *self.overrides]
             try:
+                overrides = self._overrides(task, variant) + self._matched(task, variant, settings, matched)
                 job = job_of(task, variant, settings, overrides, thorough=not {task, variant} <= tried)
             except ConfigError as error:
                 raise ConfigError(f"{task}, {variant}, {settings}: {error}") from error
@@ -332,27 +332,36 @@ class Sweep:
             return [parsed.value()]
         return list(parsed.sweep_iterator(transformer=Transformer.identity))
 
-    def _matched(self) -> dict[tuple[str, str], list[str]]:
-        """For each task and variant the overrides that make it as large as ``match`` says."""
-        found: dict[tuple[str, str], list[str]] = {key: [] for key in itertools.product(self.tasks, self.variants)}
-        if self.match is None:
-            return found
-        budget: Any = self.match.budget
-        change: Any = self.match.change
-        for task, variant in found:
-            if variant != self.match.to:
-                base = [*self.base, *self.tasks_by_name[task], "compare=null"]
-                window = compose_config(base).data.window
-                like = [*base, *self.variants_by_name[self.match.to]]
-                matched = match_model(
-                    [*base, *self.variants_by_name[variant]],
-                    budget=budget,
-                    target=like,
-                    change=change,
-                    seq_len=window - 1,
-                )
-                found[task, variant] = matched.overrides
-        return found
+    def _overrides(self, task: str, variant: str) -> list[str]:
+        """Without the axes."""
+        named = [*self.tasks_by_name[task], "compare=null", *self.variants_by_name[variant]]
+        return [*self.base, *named, *self.overrides]
+
+    def _matched(self, task: str, variant: str, settings: dict[str, Any], known: dict[str, list[str]]) -> list[str]:
+        """The overrides that make a variant as large as ``match`` says; ``known`` are those found before."""
+        if self.match is None or variant == self.match.to:
+            return []
+        asked = {key: value for keys, value in settings.items() if not is_repetition(keys) for key in keys.split(",")}
+        name = repr((task, variant, asked))
+        if name not in known:
+            asked_for = [f"{key}={as_override(value)}" for key, value in asked.items()]
+            config = compose_config([*self._overrides(task, self.match.to), *asked_for])
+            if config.model.vocab_size is None:
+                data: StreamDataModule = instantiate(to_plain(config.data), "data")
+                asked_for.append(f"model.vocab_size={data.expected_vocab_size}")
+            budget: Any = self.match.budget
+            change: Any = self.match.change
+            found = match_model(
+                [*self._overrides(task, variant), *asked_for],
+                budget=budget,
+                target=[*self._overrides(task, self.match.to), *asked_for],
+                change=change,
+                seq_len=config.data.window - 1,
+            ).overrides
+            if both := asked.keys() & {override.partition("=")[0] for override in found}:
+                raise ConfigError(f"sweep.axes.{both.pop()}: sweep.match decides on it; leave out one of the two")
+            known[name] = found
+        return known[name]
 
 
 def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[str], *, thorough: bool = True) -> Job:

@@ -12,7 +12,6 @@ from src.reporting.statistics import (
     Interval,
     bootstrap_interval,
     difference,
-    expected_best,
     holm,
     sign_flip_test,
     student_interval,
@@ -207,23 +206,6 @@ def test_holm_agrees_with_statsmodels(m):
     assert holm(p) == close(multitest.multipletests(p, method="holm")[1])
 
 
-# The best of several
-
-
-@given(lists(1, 7), st.data())
-def test_expected_best_is_the_mean_over_all_choices(values, data):
-    k = data.draw(st.integers(1, len(values)))
-    assert expected_best(values, k) == close(np.mean([max(choice) for choice in combinations(values, k)]))
-
-
-def test_expected_best_of_one_is_the_mean_of_all_the_maximum_and_grows_between():
-    values = np.random.default_rng(5).normal(size=50)
-    best = [expected_best(values, k) for k in range(1, 51)]
-    assert best[0] == close(values.mean())
-    assert best[-1] == values.max()
-    assert np.all(np.diff(best) > 0)
-
-
 # Both together
 
 
@@ -290,7 +272,7 @@ def test_no_effect_is_rarely_called_one():
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf], [[1.0, 2.0]]])
 def test_no_numbers_are_refused(values):
-    for function in (student_interval, bootstrap_interval, sign_flip_test, lambda v: expected_best(v, 1)):
+    for function in (student_interval, bootstrap_interval, sign_flip_test):
         with pytest.raises(ValueError, match="all finite"):
             function(values)
 
@@ -305,10 +287,6 @@ def test_confidence_out_of_range(confidence):
 def test_other_nonsense_is_refused():
     with pytest.raises(ValueError, match="clusters has 2 entries for 3 values"):
         bootstrap_interval([1, 2, 3], clusters=[1, 2])
-    with pytest.raises(ValueError, match="k=4: from 1 to 3"):
-        expected_best([1, 2, 3], 4)
-    with pytest.raises(ValueError, match="k=0: from 1 to 3"):
-        expected_best([1, 2, 3], 0)
     for p in ([0.5, 1.2], [math.nan], 0.5):
         with pytest.raises(ValueError, match="from 0 to 1"):
             holm(p)

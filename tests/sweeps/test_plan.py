@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from src.build import CONFIG_DIR, compose_config
 from src.config import ConfigError, experiment_hash, instantiate, to_plain
 from src.run import check_machine
-from src.sweeps.cost import duration, estimates, training_flops
-from src.sweeps.plan import Job, Statement, Sweep, as_override, job_of, quoted
+from src.sweeps.cost import duration, estimates, net_of, print_matched, training_flops
+from src.sweeps.plan import Job, Match, Statement, Sweep, as_override, job_of, quoted
 from src.sweeps.search import Search
 
 SWEEPS = sorted(
@@ -141,15 +141,43 @@ def test_a_scale_adds_to_the_base_and_replaces_the_rest():
     assert big.along({"seed": [1, 2, 3]}).axes == {"seed": [1, 2, 3]}
 
 
-def test_variants_can_be_made_equally_large():
-    sweep = small(
-        variants={"llama": ["model=llama"], "gla": ["model=gla"]},
-        axes={"seed": [1]},
-        match={"budget": "parameters", "to": "llama"},
-    )
-    jobs = {job.variant: job for job in sweep.jobs()}
-    assert any(override.startswith("size.dim=") for override in jobs["gla"].overrides)
-    assert not any(override.startswith("size.dim=") for override in jobs["llama"].overrides)
+MATCHED = {
+    "variants": {"llama": ["model=llama"], "gla": ["model=gla"]},
+    "axes": {"seed": [1, 2]},
+    "match": {"budget": "parameters", "to": "llama"},
+}
+
+
+def counts(sweep: Sweep) -> dict[str, int]:
+    return {
+        f"{job.variant} {job.settings_in_words}": net_of(job).count_parameters()
+        for job in sweep.jobs()
+        if job.seed == 1
+    }
+
+
+def test_variants_can_be_made_equally_large(capsys):
+    jobs = small(**MATCHED).jobs()
+    for job in jobs:
+        assert any(override.startswith("size.dim=") for override in job.overrides) == (job.variant == "gla")
+    found = counts(small(**MATCHED))
+    # Counted with the vocabulary of the data, 21 tokens: the size is published with 10,000.
+    assert found["gla seed=1"] == pytest.approx(found["llama seed=1"], rel=0.05)
+    print_matched(jobs, Match("parameters", "llama"))
+    assert f"{found['llama seed=1']:,} (x1)" in capsys.readouterr().out
+
+
+def test_what_is_matched_is_what_the_overrides_leave():
+    """Those of the command line come first, and an axis is matched value by value."""
+    found = counts(small(**MATCHED, overrides=["size.depth=4"]))
+    assert found["llama seed=1"] > 1.5 * counts(small(**MATCHED))["llama seed=1"]
+    assert found["gla seed=1"] == pytest.approx(found["llama seed=1"], rel=0.05)
+    found = counts(small(**MATCHED | {"axes": {"seed": [1], "size.depth": [1, 4]}}))
+    for depth in (1, 4):
+        llama, gla = (found[f"{name} seed=1, size.depth={depth}"] for name in ("llama", "gla"))
+        assert gla == pytest.approx(llama, rel=0.05)
+    with pytest.raises(ConfigError, match=r"sweep.axes.size.dim: sweep.match decides on it"):
+        small(**MATCHED | {"axes": {"seed": [1], "size.dim": [32, 64]}}).jobs()
 
 
 @pytest.mark.parametrize(

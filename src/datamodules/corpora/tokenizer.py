@@ -182,6 +182,11 @@ class TokenizerOptions:
             if getattr(self, option) is not None and option not in used:
                 warnings.warn(f"tokenizer {self.kind!r} ignores {option}={getattr(self, option)!r}", stacklevel=3)
 
+    @property
+    def expected_vocab_size(self) -> int:
+        """Return what the tokeniser will have; "bpe" ends up with less where the text is short."""
+        return (self.vocab_size or DEFAULT_VOCAB_SIZE) if self.kind == "bpe" else self.build(list).vocab_size
+
     def identity(self) -> dict[str, Any]:
         """Return what decides the tokeniser, in plain values; a file counts by its content."""
         if self.kind == "bpe":
