@@ -242,8 +242,8 @@ def judge(found: Difference, by: float) -> tuple[str, str]:
     by -= ROUNDING
     low, high = min(found.student.low, found.bootstrap.low), max(found.student.high, found.bootstrap.high)
     numbers = (
-        f"{found.mean:+.3f}, 95% t [{found.student.low:+.3f}, {found.student.high:+.3f}], "
-        f"bootstrap [{found.bootstrap.low:+.3f}, {found.bootstrap.high:+.3f}], {found.pairs} pairs"
+        f"{_signed(found.mean)}, 95% t [{_signed(found.student.low)}, {_signed(found.student.high)}], "
+        f"bootstrap [{_signed(found.bootstrap.low)}, {_signed(found.bootstrap.high)}], {found.pairs} pairs"
     )
     if found.unpaired:
         numbers += f" ({found.unpaired} runs without a partner)"
@@ -309,3 +309,8 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
 def find_sweeps(root: Path) -> list[SweepResults]:
     """All sweeps whose manifest lies below a folder, by name."""
     return sorted((SweepResults(path) for path in root.rglob("manifest.json")), key=lambda s: (s.name, s.plan["scale"]))
+
+
+def _signed(value: float) -> str:
+    """Three decimals, or two digits of what is smaller than they show."""
+    return f"{value:+.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:+.2g}"
