@@ -17,6 +17,7 @@ A *verdict* on a statement ("A scores at least 0.3 more than B"), from the inter
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,8 @@ import pandas as pd
 from src.reporting.registry import COSTS, FINISHED, Run, write_json
 from src.reporting.statistics import Difference, Interval, difference, student_interval
 from src.sweeps.plan import Job, Statement, Sweep, is_repetition
+
+log = logging.getLogger(__name__)
 
 CONFIRMED, CONTRADICTED, INCONCLUSIVE = "confirmed", "contradicted", "inconclusive"
 SEEDS_NEEDED = 3  # for a verdict
@@ -307,8 +310,17 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
 
 
 def find_sweeps(root: Path) -> list[SweepResults]:
-    """All sweeps whose manifest lies below a folder, by name."""
-    return sorted((SweepResults(path) for path in root.rglob("manifest.json")), key=lambda s: (s.name, s.plan["scale"]))
+    """All sweeps whose manifest lies below a folder, by name; one that this version cannot read is reported and left out."""
+    found = []
+    for path in root.rglob("manifest.json"):
+        try:
+            sweep = SweepResults(path)
+            found.append((sweep.name, sweep.plan["scale"], sweep))
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning(
+                f"{path} is left out, this version cannot read it ({error}); the command that wrote it writes it anew"
+            )
+    return [sweep for _, _, sweep in sorted(found, key=lambda row: row[:2])]
 
 
 def _signed(value: float) -> str:

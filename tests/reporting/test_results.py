@@ -142,6 +142,16 @@ def test_pairs_share_the_seed(tmp_path):
     assert compare([found.cells[1]], []) is None
 
 
+def test_a_manifest_of_another_version_is_left_out_and_named(tmp_path, caplog):
+    results(tmp_path / "good", grid([0.1], [0.9]))
+    for name, text in (("old", '{"name": "b", "scale": "", "expect": [{"metric": "x"}]}'), ("half", '{"name": ')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(text)
+    assert [found.name for found in find_sweeps(tmp_path)] == ["a"]
+    assert str(tmp_path / "old" / "manifest.json") in caplog.text
+    assert str(tmp_path / "half" / "manifest.json") in caplog.text
+
+
 def test_unfinished_jobs_are_told(tmp_path):
     found = results(tmp_path, grid([0.1, 0.2, None], [0.7, 0.8, 0.9]))
     assert found.cells[0].runs == 4
