@@ -70,8 +70,9 @@ def test_results_at_smoke_scale_have_three_seeds(name):
     sweep = read(name)
     assert isinstance(sweep, Sweep)
     combinations = sweep.at("smoke")._combinations()
-    assert {settings["seed,data.seed"] for _, _, settings in combinations} == {4, 5, 6}
-    assert len(combinations) <= 15  # what two cores do in ten minutes
+    seeds = {7, 8, 9} if name == "results/R1" else {4, 5, 6}  # none of them one of the trial runs
+    assert {settings["seed,data.seed"] for _, _, settings in combinations} == seeds
+    assert len(combinations) <= 12  # what two cores do in ten minutes
 
 
 def test_the_published_learning_rates_are_those_of_the_experiment():
