@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -320,7 +321,12 @@ def find_sweeps(root: Path) -> list[SweepResults]:
             log.warning(
                 f"{path} is left out, this version cannot read it ({error}); the command that wrote it writes it anew"
             )
-    return [sweep for _, _, sweep in sorted(found, key=lambda row: row[:2])]
+    return [sweep for _, _, sweep in sorted(found, key=lambda row: (_counted(row[0]), row[1]))]
+
+
+def _counted(name: str) -> list[Any]:
+    """A key by which R2 comes before R10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
 def _signed(value: float) -> str:

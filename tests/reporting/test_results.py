@@ -142,6 +142,13 @@ def test_pairs_share_the_seed(tmp_path):
     assert compare([found.cells[1]], []) is None
 
 
+def test_sweeps_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ("results/R10", "results/R2", "results/R2+ab12", "other"):
+        path = results(tmp_path / name.replace("/", "-"), grid([0.1], [0.9])).path
+        path.write_text(path.read_text().replace('"name": "a"', f'"name": "{name}"'))
+    assert [found.name for found in find_sweeps(tmp_path)] == ["other", "results/R2", "results/R2+ab12", "results/R10"]
+
+
 def test_a_manifest_of_another_version_is_left_out_and_named(tmp_path, caplog):
     results(tmp_path / "good", grid([0.1], [0.9]))
     for name, text in (("old", '{"name": "b", "scale": "", "expect": [{"metric": "x"}]}'), ("half", '{"name": ')):
