@@ -49,7 +49,10 @@ def config_hash(config: Any) -> str:
 
 
 # Where things are written, how a run is watched and what it is called: none of it changes a number.
-_NO_MATTER = ("paths", "logger", "callbacks", "name", "tags", "ckpt_path", "optimized_metric", "compare", "hydra")
+_NO_MATTER = (
+    *("paths", "logger", "callbacks", "name", "tags", "ckpt_path", "optimized_metric", "compare", "hydra"),
+    "activation_checkpointing",  # computes the same again, bit for bit
+)
 
 
 def experiment_hash(plain: dict[str, Any]) -> str:
@@ -76,7 +79,7 @@ def experiment_hash(plain: dict[str, Any]) -> str:
     kept["trainer"] = {
         key: value
         for key, value in (plain.get("trainer") or {}).items()
-        if key not in ("default_root_dir", "callbacks", "logger", "log_every_n_steps")
+        if key not in ("default_root_dir", "callbacks", "logger", "log_every_n_steps", "plugins", "profiler")
     }
     return config_hash(placeless(kept))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from pathlib import Path
@@ -14,13 +15,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from src.build import model_from_config
+from src.callbacks.guard import Guard, RollBack
+from src.callbacks.heartbeat import RankLost, lost_rank
+from src.callbacks.preemption import Preempted, wait_for_files
 from src.callbacks.throughput import Throughput
 from src.checkpoints.files import (
     check_same_data,
     check_same_model,
     check_same_recipe,
-    find_checkpoint,
     read_checkpoint,
+    to_resume,
 )
 from src.components.backbone import Backbone
 from src.components.kernels.registry import forget_backends, used_backends
@@ -29,9 +33,12 @@ from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.evaluation.statistics import intervals
 from src.modules.language_model import LanguageModel
+from src.modules.parallel import may_be_deferred
 from src.reporting.registry import Recorded, peak_memory_bytes, write_json
 
 log = logging.getLogger(__name__)
+
+RECOMPUTE = ("none", "block", "selective")
 
 
 def run(config: DictConfig) -> dict[str, float]:
@@ -46,29 +53,45 @@ def run(config: DictConfig) -> dict[str, float]:
     plain = checked(config)
     check_machine(plain)
     output_dir = Path(plain["paths"]["output_dir"])
-    checkpoint = _resume_from(plain)
+    resumed = to_resume(plain["ckpt_path"], output_dir)
+    checkpoint = None if resumed is None else str(resumed)
     if plain["train"]:
         refuse_foreign_checkpoints(output_dir, checkpoint)
     identity = experiment_hash(plain)
     with Recorded(output_dir, identity, checkpoint):
-        return _run(plain, identity, output_dir, checkpoint)
+        leave_out: set[int] = set()
+        while True:
+            try:
+                return _run(plain, identity, output_dir, checkpoint, leave_out)
+            except RollBack as back:
+                checkpoint, leave_out = str(back.checkpoint), back.leave_out
 
 
-def _run(plain: dict[str, Any], identity: str, output_dir: Path, checkpoint: str | None) -> dict[str, float]:
+def _run(
+    plain: dict[str, Any], identity: str, output_dir: Path, checkpoint: str | None, leave_out: set[int]
+) -> dict[str, float]:
+    """One attempt: from the start or a checkpoint to the end.
+
+    Raises:
+        RollBack: the guard wants another one, from an earlier checkpoint.
+    """
     L.seed_everything(plain["seed"], verbose=False)
     forget_backends()
     trainer = build_trainer(plain)
+    for guard in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(guard, Guard):
+            guard.leave_out = set(leave_out)
     datamodule: StreamDataModule = instantiate(plain["data"], "data")
     check_cut(datamodule, trainer)
     check_steps(datamodule, plain["trainer"]["max_steps"])
-    net = build_net(plain, datamodule)
+    net = build_net(plain, datamodule, deferred=may_be_deferred(plain["model"], trainer.strategy))
     if checkpoint is not None:
-        opened = read_checkpoint(checkpoint)
+        opened = read_checkpoint(checkpoint, tensors=False)
         check_same_data(opened, datamodule.fingerprint(), checkpoint)
         check_same_model(opened, plain["model"], checkpoint)
         if plain["train"]:
             check_same_recipe(opened, plain, checkpoint)
-    module = build_module(plain, net, compile=plain["compile"], config_hash=identity)
+    module = build_module(plain, net, config_hash=identity)
     introduce(plain, net, datamodule, output_dir)
 
     started = time.perf_counter()
@@ -87,16 +110,29 @@ def _run(plain: dict[str, Any], identity: str, output_dir: Path, checkpoint: str
 def fit(
     trainer: L.Trainer, module: LanguageModel, datamodule: StreamDataModule, checkpoint: str | None, output_dir: Path
 ) -> None:
-    """Trains, and writes ``checkpoints/final.ckpt``; an interruption says how to go on."""
+    """Trains, and writes ``checkpoints/final.ckpt``; an interruption says how to go on.
+
+    Raises:
+        RankLost: another process of the run has died.
+    """
     folder = output_dir / "checkpoints"
     try:
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except Preempted:
+        raise
+    except RuntimeError as error:
+        if trainer.world_size > 1 and lost_rank(error):
+            raise RankLost(trainer.global_rank, error) from error
+        raise
     except SystemExit:  # how Lightning ends after Ctrl-C
         kept = folder / "last.ckpt"
         advice = f"go on with ckpt_path={kept}" if kept.exists() else "no checkpoint had been written yet"
         log.warning(f"interrupted at step {trainer.global_step} of {trainer.max_steps}; {advice}")
         raise
     trainer.save_checkpoint(folder / "final.ckpt")
+    wait_for_files(trainer)
+    if getattr(trainer.strategy.checkpoint_io, "failed", None):
+        raise OSError(errno.ENOSPC, "no room for the final checkpoint; free some and go on with ckpt_path=auto")
 
 
 def checked(config: DictConfig) -> dict[str, Any]:
@@ -123,7 +159,7 @@ def checked(config: DictConfig) -> dict[str, Any]:
 def check_settings(plain: dict[str, Any]) -> None:
     """Checks what no class signature covers: the top-level keys, and numbers that Lightning would trip over later."""
     kinds: dict[str, Any] = {"train": bool, "test": bool, "compile": bool, "seed": int, "name": str, "tags": list}
-    kinds |= {"ckpt_path": str | None, "optimized_metric": str | None}
+    kinds |= {"ckpt_path": str | None, "optimized_metric": str | None, "activation_checkpointing": str}
     sections = {"data", "model", "size", "position", "optimizer", "scheduler", "trainer", "callbacks", "logger"}
     for key in plain:
         if key not in sections | kinds.keys() | {"paths", "canon", "loss"}:
@@ -132,6 +168,9 @@ def check_settings(plain: dict[str, Any]) -> None:
         if not isinstance(plain[key], kind) or (kind is int and (isinstance(plain[key], bool) or plain[key] < 0)):
             expected = {bool: "true or false", int: "a number from 0 on", list: "a list, [a, b]"}.get(kind, "a string")
             raise ConfigError(f"{key}={plain[key]!r}: {expected}")
+    if plain["activation_checkpointing"] not in RECOMPUTE:
+        word = plain["activation_checkpointing"]
+        raise ConfigError(f"activation_checkpointing={word}: no such kind; {suggest(word, RECOMPUTE)}")
     if not plain["train"] and not plain["test"]:
         raise ConfigError("train=false and test=false: nothing to do")
     if not plain["train"] and not plain["ckpt_path"]:
@@ -166,7 +205,8 @@ def refuse_foreign_checkpoints(output_dir: Path, checkpoint: str | None) -> None
 def check_cut(datamodule: StreamDataModule, trainer: L.Trainer) -> None:
     """Raises a ConfigError when the global batch cannot be cut evenly among processes and micro-batches."""
     try:
-        Share(datamodule.batch_size, 0, trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
+        world = trainer.num_devices * trainer.num_nodes // getattr(trainer.strategy, "tensor_parallel", 1)
+        Share(datamodule.batch_size, 0, max(world, 1), trainer.accumulate_grad_batches)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -178,19 +218,20 @@ def check_steps(datamodule: StreamDataModule, max_steps: int) -> None:
         raise ConfigError(f"trainer.max_steps={max_steps}: the training data end after {end} steps")
 
 
-def build_net(plain: dict[str, Any], datamodule: StreamDataModule) -> Backbone:
-    """Builds the model; a ``vocab_size`` of None becomes the data's, in ``plain`` as well."""
+def build_net(plain: dict[str, Any], datamodule: StreamDataModule, deferred: bool = False) -> Backbone:
+    """Builds the model; a ``vocab_size`` of None becomes the data's, in ``plain`` as well.
+
+    ``deferred``: without memory, which the strategy gives it shard by shard (``modules/parallel.py``).
+    """
     wanted = plain["model"]["vocab_size"]
     if wanted is None:
         plain["model"]["vocab_size"] = datamodule.vocab_size
     elif wanted < datamodule.vocab_size:
         raise ConfigError(f"model.vocab_size={wanted}: the data has ids up to {datamodule.vocab_size - 1}")
-    return model_from_config(plain["model"])
+    return model_from_config(plain["model"], device="meta" if deferred else "cpu")
 
 
-def build_module(
-    plain: dict[str, Any], net: Backbone, compile: bool = False, config_hash: str | None = None
-) -> LanguageModel:
+def build_module(plain: dict[str, Any], net: Backbone, config_hash: str | None = None) -> LanguageModel:
     """Wraps a model with the optimizer, schedule and loss that a plain configuration describes."""
     return LanguageModel(
         net,
@@ -199,7 +240,8 @@ def build_module(
         loss=instantiate(plain["loss"], "loss"),
         config=plain,
         config_hash=config_hash,
-        compile=compile,
+        compile=plain["compile"],
+        recompute=plain["activation_checkpointing"],
     )
 
 
@@ -220,13 +262,6 @@ def build_trainer(plain: dict[str, Any], **overrides: Any) -> L.Trainer:
 
 def _has_bar(callbacks: list[Any]) -> bool:
     return any(isinstance(callback, ProgressBar) for callback in callbacks)
-
-
-def _resume_from(plain: dict[str, Any]) -> str | None:
-    path = plain["ckpt_path"]
-    if path is None:
-        return None
-    return str(find_checkpoint(Path(path)))
 
 
 @rank_zero_only
@@ -270,6 +305,8 @@ def record(
         "tokens": tokens,
         "training_flops": 3 * flops * tokens,
         "tokens_per_second": clock.rate if clock else None,
+        "mfu": clock.mfu if clock else None,
+        "data_wait": clock.data_wait if clock else None,
         "peak_memory_bytes": peak_memory_bytes(trainer.strategy.root_device),
         "seconds": round(seconds, 3),
         "torch": torch.__version__,

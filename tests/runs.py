@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,3 +100,34 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def launch(processes: int, jobs: list[tuple[Path, list[str]]], folder: Path) -> None:
+    """Several runs, one after another, on this many processes that torchrun starts."""
+    written = folder / f"jobs{processes}.json"
+    written.write_text(json.dumps([[str(to), overrides] for to, overrides in jobs]))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+            *("--master-port", free_port(), str(ROOT / "tests" / "several_runs.py"), str(written)),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+
+
+def free_port() -> str:
+    """A port that nobody listens at, as text."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def curve(folder: Path, column: str) -> list[float]:
+    """A column of a run's metrics, in order of steps."""
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]

@@ -146,3 +146,33 @@ def test_experiments_of_one_gpu_learn(name, tmp_path):
         f"{name}: {seconds:.0f} s for 200 steps, so at most {2 * steps / 200 * seconds / 3600:.2f} h for both variants"
     )
     assert metrics["test/loss"] < math.log(config.size.vocab_size)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp_tp"])
+def test_strategies_of_one_gpu_give_its_losses(strategy, tmp_path):
+    options = ["canon.positions=ABCD", "trainer.accelerator=cuda", "trainer.max_steps=5"]
+    one = tiny_run(tmp_path / "one", *options)
+    more = [
+        f"trainer={strategy}",
+        "trainer.devices=1",
+        *(["trainer.strategy.tensor_parallel=1"] if "tp" in strategy else []),
+    ]
+    short = [option for option in TINY if option != "trainer=cpu"]
+    found = run(compose_run(tmp_path / strategy, *short, *more, *options))
+    assert found["test/loss"] == pytest.approx(one["test/loss"], abs=1e-3)
+    memory = results(tmp_path / strategy)["peak_memory_bytes"]
+    assert memory is not None
+    assert memory > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama_canon", "gdn2_canon"])
+def test_a_large_model_takes_a_training_step(family):
+    """What benchmarks/gpu_scale.py measures, once."""
+    net = build_model([f"family={family}", "size=1B"], device="cuda").train()
+    net.recompute_blocks("block")
+    ids = torch.randint(net.vocab_size, (2, 1025), device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = torch.nn.functional.cross_entropy(net(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

@@ -1,7 +1,16 @@
-"""Tokens per second of training, evaluation and checkpointing not counted."""
+"""What training costs: tokens per second, share of the device's peak, memory, and the share of time spent waiting for data.
+
+Evaluation and checkpointing are not counted.
+
+    train/tokens_per_second   of all processes together, over the steps since the last log
+    train/mfu                 model FLOPs utilisation (PaLM, appendix B): 3 x forward FLOPs a token x tokens/s over the devices' peak
+    train/memory_gib          most memory that PyTorch had in use on this device, so far
+    train/data_wait           share of the time between the end of one step and the arrival of the next batch
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -11,47 +20,114 @@ from lightning.pytorch.callbacks import Callback
 
 from src.modules.language_model import is_log_step
 
+log = logging.getLogger(__name__)
+
+# Dense 16-bit products with sums in 32 bits, operations per second, from the makers' data sheets (halved where sparsity is advertised).
+PEAKS = {
+    "B200": 2.25e15,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of a CUDA device in 16-bit products, operations per second; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if all(word in name for word in part.split())), None)
+
 
 class Throughput(Callback):
-    """Logs ``train/tokens_per_second`` (all ranks together) over the steps since the last log.
+    """See the head of this file.
 
-    Counts every token that the model read, window by window, whether or not its loss counts. ``rate`` is that of the whole
-    run, its first logging interval (compilation, warm-up) left out if there is another.
+    Counts every token that the model read, window by window, whether or not its loss counts. ``rate`` is that of the whole run, its
+    first logging interval (compilation, warm-up) left out if there is another; ``mfu`` and ``data_wait`` likewise.
+
+    Args:
+        peak: operations per second of one device; None for what is known of it, and no utilisation if nothing is.
     """
 
-    def __init__(self) -> None:
-        self.tokens, self.seconds, self.started = 0, 0.0, 0.0
-        self.rates: list[tuple[int, float]] = []  # tokens of all ranks and seconds, by logging interval
+    def __init__(self, peak: float | None = None) -> None:
+        if peak is not None and peak <= 0:
+            raise ValueError(f"callbacks.throughput.peak={peak}: operations per second, positive, or null")
+        self.peak = peak
+        self.tokens, self.seconds, self.waited, self.started, self.ended = 0, 0.0, 0.0, 0.0, 0.0
+        self.intervals: list[tuple[int, float, float]] = []  # tokens of all ranks, seconds, of them waiting for data
+        self._operations = 0.0  # per token and device-peak second, of the latest run
 
     @property
     def rate(self) -> float | None:
         """Tokens per second of the run so far; None before the first log."""
-        counted = self.rates[1:] or self.rates
-        seconds = sum(seconds for _, seconds in counted)
-        return sum(tokens for tokens, _ in counted) / seconds if seconds else None
+        tokens, seconds, _ = self._counted()
+        return tokens / seconds if seconds else None
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation of the run so far; None where the device's peak is not known."""
+        return None if self.rate is None or not self._operations else self.rate * self._operations
+
+    @property
+    def data_wait(self) -> float | None:
+        """Share of the time spent waiting for data; None before the first log."""
+        _, seconds, waited = self._counted()
+        return waited / seconds if seconds else None
+
+    def _counted(self) -> tuple[int, float, float]:
+        counted = self.intervals[1:] or self.intervals
+        return sum(c[0] for c in counted), sum(c[1] for c in counted), sum(c[2] for c in counted)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Learns what a token costs."""
+        peak = self.peak or peak_flops(trainer.strategy.root_device)
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if peak is not None and datamodule is not None:
+            net: Any = pl_module.net
+            self._operations = 3 * net.flops_per_token(datamodule.window - 1) / (peak * trainer.world_size)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Starts the clock, unless it runs since the last batch (so that waiting for data counts)."""
-        self.started = self.started or time.perf_counter()
+        now = time.perf_counter()
+        if self.started and self.ended:
+            self.waited += now - self.ended
+        self.started = self.started or now
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts, and logs at the trainer's logging interval."""
         self.tokens += batch["tokens"].numel()
+        self.ended = time.perf_counter()
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not is_log_step(trainer, trainer.global_step):
             return
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize(trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         self._stop()
         if self.seconds > 0:
-            tokens = self.tokens * trainer.world_size
-            self.rates.append((tokens, self.seconds))
-            rate = tokens / self.seconds
-            pl_module.log("train/tokens_per_second", torch.tensor(rate), prog_bar=True)
-        self.tokens, self.seconds, self.started = 0, 0.0, time.perf_counter()
+            tokens = self.tokens * trainer.world_size // getattr(trainer.strategy, "tensor_parallel", 1)
+            self.intervals.append((tokens, self.seconds, self.waited))
+            logged = {"tokens_per_second": tokens / self.seconds, "data_wait": self.waited / self.seconds}
+            if self._operations:
+                logged["mfu"] = tokens / self.seconds * self._operations
+            if device.type == "cuda":
+                logged["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            for name, value in logged.items():
+                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=name == "tokens_per_second")
+        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
+        self.started = self.ended = time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops the clock."""
@@ -60,4 +136,4 @@ class Throughput(Callback):
     def _stop(self) -> None:
         if self.started:
             self.seconds += time.perf_counter() - self.started
-            self.started = 0.0
+            self.started = self.ended = 0.0

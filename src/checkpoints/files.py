@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from src.build import model_from_config
+from src.checkpoints.integrity import CHECKPOINT_FORMAT, by_age, damage
+from src.checkpoints.sharded import META, is_sharded, read_metadata, read_shards
 from src.components.backbone import Backbone
 from src.config import ConfigError
-from src.modules.language_model import CHECKPOINT_FORMAT
 
 PREFIX = "net."
 _REPEAT = "Repeat that run's own overrides; its folder keeps them in .hydra/overrides.yaml"
@@ -25,11 +26,12 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message says which file and why."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, tensors: bool = True) -> dict[str, Any]:
     """Opens a checkpoint that a run wrote.
 
     Args:
-        path: the file, or the folder of a run (then its ``checkpoints/final.ckpt``, else ``checkpoints/last.ckpt``).
+        path: a file, a folder of shards, or the folder of a run (see ``find_checkpoint``).
+        tensors: False leaves weights and optimizer states of shards unread.
 
     Returns:
         ``state_dict``, ``config`` (the run's resolved configuration), ``global_step``, optimizer and loop states.
@@ -39,7 +41,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = find_checkpoint(Path(path))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if is_sharded(path):
+            read_metadata(path)
+            checkpoint = (
+                read_shards(path) if tensors else torch.load(path / META, weights_only=True) | {"state_dict": {}}
+            )
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         reason = "it is not a checkpoint" if "mmap can only be used" in reason else reason
@@ -54,19 +62,59 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file that a path means."""
-    if path.is_file():
+    """The checkpoint that a path means.
+
+    A file, or a folder of shards, means itself. The folder of a run means its ``final.ckpt``, else the newest of its checkpoints;
+    one that is damaged is reported and the one before it taken.
+
+    Raises:
+        CheckpointError: there is none, or none that is whole.
+    """
+    if path.is_file() or is_sharded(path):
         return path
     if path.is_dir():
-        for name in ("checkpoints/final.ckpt", "checkpoints/last.ckpt", "final.ckpt", "last.ckpt"):
-            if (path / name).is_file():
-                return path / name
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        candidates = [folder / "final.ckpt", *(found.path for found in by_age(folder)), folder / "last.ckpt"]
+        there = [candidate for candidate in candidates if candidate.exists()]
+        for candidate in there:
+            problem = damage(candidate)
+            if problem is None:
+                return candidate
+            log.warning(f"checkpoint {candidate} is damaged: {problem}; the one before it is taken")
         found = sorted(str(file.relative_to(path)) for file in path.rglob("*.ckpt"))[:5]
+        if there:
+            raise CheckpointError(f"ckpt_path={path}: every checkpoint in it is damaged: {', '.join(found)}")
         hint = f"it holds {', '.join(found)}" if found else "it holds no .ckpt file"
-        raise CheckpointError(f"ckpt_path={path}: a folder without final.ckpt or last.ckpt; {hint}")
+        raise CheckpointError(f"ckpt_path={path}: a folder without final.ckpt, last.ckpt or step*.ckpt; {hint}")
     parent = next((p for p in path.parents if p.is_dir()), Path())
     nearby = sorted(p.name for p in parent.iterdir())[:10]
     raise CheckpointError(f"ckpt_path={path}: no such file. {parent} holds: {', '.join(nearby) or 'nothing'}")
+
+
+def to_resume(path: str | None, output_dir: Path) -> Path | None:
+    """Where a run goes on from.
+
+    Args:
+        path: ``ckpt_path`` of the configuration; None: from nowhere; ``auto``: the newest whole checkpoint in the run's own folder,
+            if there is any; else see ``find_checkpoint``, and whatever is found must be whole.
+        output_dir: the run's folder.
+
+    Raises:
+        CheckpointError: it does not exist or is damaged; the message names what could be taken instead.
+    """
+    if path is None:
+        return None
+    if path == "auto":
+        folder = output_dir / "checkpoints"
+        return find_checkpoint(output_dir) if folder.is_dir() and any(folder.glob("*.ckpt")) else None
+    found = find_checkpoint(Path(path))
+    problem = damage(found)
+    if problem is not None:
+        others = [str(other.path) for other in by_age(found.parent) if other.path.resolve() != found.resolve()]
+        whole = next((other for other in others if damage(Path(other)) is None), None)
+        advice = f"the newest whole one beside it is {whole}" if whole else "there is no whole one beside it"
+        raise CheckpointError(f"ckpt_path={found} is damaged: {problem}; {advice}")
+    return found
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Backbone:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from src.components.block import Block
 from src.components.cache import Cache
@@ -21,6 +24,7 @@ from src.components.feedforward import FeedForward
 from src.components.initialization import Initialization, Initializer
 from src.components.mixers.base import Mixer, State
 from src.components.norm import RMSNorm
+from src.components.tensor_parallel import TensorGroup
 
 
 class Backbone(nn.Module):
@@ -157,6 +161,38 @@ class Backbone(nn.Module):
         for block in self.blocks:
             block.compile(**options)
 
+    def recompute_blocks(self, what: str) -> None:
+        """Keeps less for the backward pass and computes it again there, bit for bit (Chen et al. 2016).
+
+        Args:
+            what: ``block``: all but the input of each block; ``selective``: all but the results of matrix products and of attention,
+                which cost most to compute.
+
+        Raises:
+            ValueError: for another word.
+        """
+        if what not in ("block", "selective"):
+            raise ValueError(f"activation_checkpointing={what!r}: choose none, block or selective")
+        options = {"context_fn": partial(create_selective_checkpoint_contexts, _kept)} if what == "selective" else {}
+        for block in self.blocks:
+            block.forward = partial(_recomputed, block.forward, options)
+
+    def split_over(self, split: TensorGroup) -> None:
+        """Has each process of a group compute its share of every block.
+
+        Raises:
+            ValueError: a mixer or feed-forward of this model cannot be split so.
+        """
+        for block in self._blocks():
+            block.mixer.split_over(split)
+            if block.feedforward is not None:
+                if not isinstance(block.feedforward, FeedForward):
+                    raise ValueError(
+                        f"{type(block.feedforward).__name__} cannot be split among processes (tensor_parallel={split.size}). Use "
+                        "trainer=fsdp"
+                    )
+                block.feedforward.split_over(split)
+
     def count_parameters(self) -> int:
         """Number of parameters, by formula (tested equal to the sum over ``parameters()``)."""
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
@@ -175,3 +211,19 @@ class Backbone(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
+
+
+# What is worth keeping: PyTorch's products and its attention. (A fused kernel of another library is computed again.)
+_DEAR = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "_flash_attention", "_efficient_attention")
+
+
+def _kept(_context: Any, operation: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
+    name = str(operation).split(".")[1] if "." in str(operation) else str(operation)
+    dear = name in _DEAR or any(name.startswith(prefix) for prefix in _DEAR if prefix.startswith("_"))
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any], *arguments: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)

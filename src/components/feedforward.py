@@ -8,6 +8,7 @@ Canon-D sees gate and up projections together, before the activation. ReLU^2 aft
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from src.components.canon import CanonConfig, canon_at
 from src.components.initialization import Initializer
 from src.components.mixers.base import State
+from src.components.tensor_parallel import TensorGroup
 
 ACTIVATIONS = {"silu": F.silu, "relu2": lambda x: F.relu(x).square(), "gelu": F.gelu}
 
@@ -54,6 +56,7 @@ class FeedForward(nn.Module):
             raise ValueError(f"hidden_dim={hidden_dim}: at least 1")
         self.dim, self.hidden_dim, self.gated, self.layer = dim, hidden_dim, gated, layer
         self.activation = activation
+        self.split: TensorGroup | None = None
         self.in_width = 2 * hidden_dim if gated else hidden_dim
         self.in_proj = nn.Linear(dim, self.in_width, bias=False)
         self.canon_d = canon.at("D", self.in_width)
@@ -64,14 +67,37 @@ class FeedForward(nn.Module):
     ) -> tuple[Tensor, State | None]:
         """Transforms x ``[B, T, dim]``; only Canon-D has memory, so ``segments`` and ``state`` are for it."""
         state = None if state is None else dict(state)
-        h = canon_at("D", self.canon_d, self.in_proj(x), segments, state)
+        if self.split is None:
+            h = canon_at("D", self.canon_d, self.in_proj(x), segments, state)
+            return self.out_proj(self._activated(h)), state
+        split, rows = self.split, self._own_units()
+        own = partial(split.own, parts=rows)
+        h = canon_at("D", self.canon_d, F.linear(split.enter(x), own(self.in_proj.weight)), segments, state, own)
+        y = F.linear(self._activated(h), split.own(self.out_proj.weight, rows[:1], dim=1))
+        return split.leave(y), state
+
+    def split_over(self, split: TensorGroup) -> None:
+        """Has each process of a group compute its share of the hidden units.
+
+        Raises:
+            ValueError: they cannot be shared evenly.
+        """
+        split.part(self.hidden_dim, "feedforward.hidden_dim")
+        self.split = split
+
+    def _own_units(self) -> list[slice]:
+        """Rows of ``in_proj``: this process's hidden units in the gate, and the same in the up projection."""
+        assert self.split is not None
+        units = self.split.part(self.hidden_dim, "feedforward.hidden_dim")
+        shifted = slice(units.start + self.hidden_dim, units.stop + self.hidden_dim)
+        return [units, shifted] if self.gated else [units]
+
+    def _activated(self, h: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]
         if self.gated:
             gate, up = h.chunk(2, dim=-1)
-            h = act(gate) * up
-        else:
-            h = act(h)
-        return self.out_proj(h), state
+            return act(gate) * up
+        return act(h)
 
     def init_weights(self, init: Initializer) -> None:
         """Each matrix by its own fan-in."""

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Scheme = Literal["fan_in", "normal", "uniform"]
 DepthScaling = Literal["disabled", "current_depth", "global_depth", "dim_ratio"]
@@ -140,7 +141,13 @@ class Initializer:
             # Drawn on the CPU in float32, so that the values do not depend on the device or the dtype.
             values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             draw(values, self.generator(parameter))
-            parameter.copy_(values)
+            if isinstance(parameter, DTensor):
+                # Every process draws the whole and keeps its shard: nothing is sent.
+                mesh, placements = parameter.device_mesh, parameter.placements
+                values = values.to(mesh.device_type)
+                parameter.copy_(distribute_tensor(values, mesh, placements, src_data_rank=None))
+            else:
+                parameter.copy_(values)
 
     def _std(self, width: int) -> float:
         if self.config.std is not None:

@@ -29,6 +29,11 @@ Bias = Callable[[Tensor], Tensor]
 class NoPE:
     """No position information; also the interface that the others fill in."""
 
+    @property
+    def differs_by_head(self) -> bool:
+        """Whether heads are treated differently, so that which head is which matters."""
+        return False
+
     def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """Raises a ValueError when this scheme cannot serve heads of that number and width."""
 
@@ -72,6 +77,11 @@ class RoPE(NoPE):
         if self.theta <= 0:
             raise ValueError(f"position.theta={self.theta}: must be positive")
 
+    @property
+    def differs_by_head(self) -> bool:
+        """Where only some of the heads rotate."""
+        return self.heads < 1
+
     def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """The rotated shares must come out as whole heads and an even number of dimensions."""
         width = self.dims * head_dim  # 30/88 of 88 is not quite 30
@@ -114,6 +124,11 @@ class RoPE(NoPE):
 class ALiBi(NoPE):
     """Attention with linear biases; slope of head h = 1..H is 2^(-8h/H)."""
 
+    @property
+    def differs_by_head(self) -> bool:
+        """Always."""
+        return True
+
     def bias(self, num_heads: int) -> Bias:
         """-slope * distance."""
         return partial(_linear, num_heads)
@@ -122,6 +137,11 @@ class ALiBi(NoPE):
 @dataclass(frozen=True)
 class HardALiBi(NoPE):
     """Head h of the first half sees the nearest h tokens, itself included; the second half sees everything."""
+
+    @property
+    def differs_by_head(self) -> bool:
+        """Always."""
+        return True
 
     def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """Half of the heads must be a whole number."""

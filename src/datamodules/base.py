@@ -15,6 +15,7 @@ from src.datamodules.stream import (
     StreamLoader,
     TrainingBatches,
     WindowSource,
+    data_share,
 )
 from src.evaluation.evaluators import Evaluator
 
@@ -74,7 +75,7 @@ class StreamDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> StreamLoader:
         """Micro-batches from the trainer's current optimizer step on."""
         trainer = self._trainer()
-        share = Share(self.batch_size, trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+        share = Share(self.batch_size, *data_share(trainer), trainer.accumulate_grad_batches)
         batches = TrainingBatches(self.source, share, trainer.max_steps)
         return self._loader(batches, FromStep(batches, lambda: trainer.global_step))
 
@@ -88,9 +89,7 @@ class StreamDataModule(L.LightningDataModule, ABC):
 
     def _evaluation_loader(self, split: str) -> StreamLoader:
         trainer = self._trainer()
-        return self._loader(
-            EvaluationBatches(self.source, split, self.eval_batch_size, trainer.global_rank, trainer.world_size)
-        )
+        return self._loader(EvaluationBatches(self.source, split, self.eval_batch_size, *data_share(trainer)))
 
     def _loader(self, batches: Dataset, sampler: FromStep | None = None) -> StreamLoader:
         return StreamLoader(

@@ -39,6 +39,20 @@ class WindowSource(Protocol):
         ...
 
 
+def data_share(trainer: Any) -> tuple[int, int]:
+    """Which share of every batch a trainer's process reads, and how many shares there are.
+
+    Processes that split tensors among them (``Fsdp2.tensor_parallel`` neighbours) read the same.
+    """
+    size = getattr(trainer.strategy, "tensor_parallel", 1)
+    return trainer.global_rank // size, trainer.world_size // size
+
+
+def reads_alone(trainer: Any) -> bool:
+    """Whether this process is the first of those that read the same; what it counts, the others need not."""
+    return trainer.global_rank % getattr(trainer.strategy, "tensor_parallel", 1) == 0
+
+
 @dataclass(frozen=True)
 class Share:
     """Which part of every global batch belongs to this process.

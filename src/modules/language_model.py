@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,11 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from src.checkpoints.integrity import CHECKPOINT_FORMAT
 from src.components.backbone import Backbone
+from src.datamodules.stream import reads_alone
 from src.evaluation.evaluators import Evaluator
 from src.modules.losses import NextTokenLoss
-
-CHECKPOINT_FORMAT = 1
+from src.modules.parallel import lay_out
+from src.reporting.csv_log import CSVLog
 
 
 def is_log_step(trainer: Any, step: int) -> bool:
@@ -46,6 +49,7 @@ class LanguageModel(L.LightningModule):
         config: the run's resolved configuration, as plain containers; stored in every checkpoint.
         config_hash: what names it (``config.experiment_hash``); ranks compare it.
         compile: compile each block.
+        recompute: what of a block is computed again in the backward pass, see ``Backbone.recompute_blocks``.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class LanguageModel(L.LightningModule):
         config: dict[str, Any] | None = None,
         config_hash: str | None = None,
         compile: bool = False,
+        recompute: str = "none",
     ):
         super().__init__()
         self.net = net
@@ -65,31 +70,30 @@ class LanguageModel(L.LightningModule):
         self.loss = loss or NextTokenLoss()
         self.config = config or {}
         self.config_hash = config_hash
-        self.compile_blocks = compile
+        self.compile_blocks, self.recompute = compile, recompute
         # Filled in by setup(): one for validation, one for the test set.
         self.evaluators = nn.ModuleDict()
         # Right and total answers of the latest evaluation, by metric: what intervals are made of.
         self.counts: dict[str, tuple[int, int]] = {}
         self._configured = False
         self._step_metrics: list[dict[str, Tensor]] = []
+        self._loss_of_step = torch.zeros(())
+        self._unwritten: tuple[int, dict[str, float]] = (-1, {})
         self._routed: list[Any] = [module for module in net.modules() if hasattr(module, "auxiliary_loss")]
+
+    @property
+    def guards(self) -> list[Any]:
+        """Callbacks that look at loss and gradient before an update."""
+        return [callback for callback in getattr(self.trainer, "callbacks", []) if hasattr(callback, "before_update")]
 
     # ---- assembly --------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Compiles the blocks and, under FSDP2, shards them, in this order; called by Lightning once the devices are known."""
+        """Lays the model out over the processes; called by Lightning once they know each other."""
         if self._configured:
             return
         self._configured = True
-        if self.compile_blocks:
-            self.net.compile_blocks()
-        mesh = self.device_mesh
-        if mesh is not None:
-            from torch.distributed.fsdp import fully_shard
-
-            for block in self.net.blocks:
-                fully_shard(block, mesh=mesh["data_parallel"])
-            fully_shard(self.net, mesh=mesh["data_parallel"])
+        lay_out(self.net, self.trainer.strategy, recompute=self.recompute, compile=self.compile_blocks)
 
     def setup(self, stage: str) -> None:
         """Takes the evaluators from the data."""
@@ -116,6 +120,8 @@ class LanguageModel(L.LightningModule):
             count = self.trainer.strategy.reduce(count, reduce_op="sum")  # type: ignore[assignment]
         # A step without any target (windows shorter than a question) has loss 0, not NaN.
         mean = loss * everyone / count.clamp(min=1)
+        # A loss that is not finite here makes everybody's gradient so, which is where it is noticed (callbacks/guard.py).
+        mean = mean * (mean.detach() - mean.detach() + 1)
         metrics = {"loss": mean.detach()}
         if right is not None:
             metrics["token_accuracy"] = (right * everyone / count.clamp(min=1)).to(mean.dtype)
@@ -146,6 +152,7 @@ class LanguageModel(L.LightningModule):
         names = list(self._step_metrics[0])
         values = torch.stack([torch.stack([metrics[name] for name in names]) for metrics in self._step_metrics])
         self._step_metrics.clear()
+        self._loss_of_step = values[:, names.index("loss")].mean()
         if is_log_step(self.trainer, self.trainer.global_step + 1):
             for name, value in zip(names, values.mean(dim=0), strict=True):
                 self.log(f"train/{name}", value, prog_bar=name in ("loss", "token_accuracy"), sync_dist=True)
@@ -161,8 +168,11 @@ class LanguageModel(L.LightningModule):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only norm is supported")
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        for callback in self.guards:
+            callback.before_update(self.trainer, self, optimizer, self._loss_of_step, norm)
         if is_log_step(self.trainer, self.trainer.global_step + 1):
-            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            self.log("train/grad_norm", norm)
             self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
@@ -186,7 +196,7 @@ class LanguageModel(L.LightningModule):
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
         targets, options = self._targets(batch)
         logits = self.net(**options)
-        if targets.numel():
+        if targets.numel() and reads_alone(self.trainer):
             _, nll = self.loss(logits, targets)
             self._evaluator(split).update(batch, logits, nll)
 
@@ -221,3 +231,42 @@ class LanguageModel(L.LightningModule):
         checkpoint["format"] = CHECKPOINT_FORMAT
         checkpoint["config"] = self.config
         checkpoint["data"] = datamodule.fingerprint() if datamodule is not None else None
+        checkpoint["pending_metrics"] = self._pending_metrics()
+
+    def _pending_metrics(self) -> dict[str, float]:
+        """What this step has logged: Lightning hands it to the loggers only after checkpoints of the step are written.
+
+        What was logged before is put on the disk first, so that a checkpoint never knows of steps that the metrics do not.
+        """
+        for logger in self.trainer.loggers:
+            logger.save()
+        if not is_log_step(self.trainer, self.trainer.global_step):
+            return {}
+        logged = self.trainer.callback_metrics.items()
+        return {name: float(value) for name, value in logged if name.startswith("train/")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remembers what the last step before has logged."""
+        self._unwritten = (checkpoint["global_step"] - 1, checkpoint.get("pending_metrics") or {})
+
+    def on_train_start(self) -> None:
+        """Makes up for what the last step before had still to do when its checkpoint was written: log, and validate if that was due.
+
+        Only where the run goes on in its own folder; another one begins with what is new.
+        """
+        (step, metrics), self._unwritten = self._unwritten, (-1, {})
+        trainer, logs = self.trainer, [logger for logger in self.trainer.loggers if isinstance(logger, CSVLog)]
+        folders = [Path(str(getattr(callback, "dirpath", ""))).resolve() for callback in trainer.checkpoint_callbacks]
+        if step < 0 or Path(str(trainer.ckpt_path)).resolve().parent not in folders:
+            return
+        for logger in logs if metrics else []:
+            if not logger.has(step, "train/loss"):
+                logger.log_metrics(metrics | {"epoch": trainer.current_epoch}, step=step)
+        every = trainer.val_check_interval
+        due = isinstance(every, int) and (step + 1) * trainer.accumulate_grad_batches % every == 0
+        missing = trainer.strategy.broadcast(bool(logs) and not any(logger.has(step, "val/loss") for logger in logs))
+        if due and missing and trainer.enable_validation:
+            # Lightning takes a checkpoint before the validation of its step, and does not come back to it.
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True

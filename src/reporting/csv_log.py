@@ -10,6 +10,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class CSVLog(CSVLogger):
@@ -24,23 +25,34 @@ class CSVLog(CSVLogger):
             self._experiment = _Continued(log_dir=self.log_dir)
         return self._experiment
 
+    @rank_zero_only
+    def has(self, step: int, metric: str) -> bool:
+        """Whether an earlier attempt has logged a metric at a step (counted from 0)."""
+        return self.experiment.has(step, metric)
+
 
 class _Continued(ExperimentWriter):
     """Keeps the rows of an earlier attempt, up to the step from which this one logs them again."""
 
     def _check_log_dir_exists(self) -> None:
         """Replaces the deletion in the base class."""
-        self._earlier = _rows(Path(self.metrics_file_path))
+        self._earlier = self._known = _rows(Path(self.metrics_file_path))
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
         """Records metrics of a step."""
         if self._earlier:
             # A test that follows training logs at the last step, and does not train again what came before.
             trains = step is not None and any(name.startswith(("train/", "val/")) for name in metrics_dict)
-            kept = [row for row in self._earlier if not trains or int(row["step"] or 0) < (step or 0)]
+            # Of the same step only what is not logged again: a run may have been stopped between training and validation.
+            again = {name.partition("/")[0] for name in metrics_dict if "/" in name}
+            kept = [row for row in self._earlier if not trains or _is_before(row, step or 0, again)]
             self._earlier = []
             self._restore(kept)
         super().log_metrics(dict(metrics_dict), step)
+
+    def has(self, step: int, metric: str) -> bool:
+        """See ``CSVLog.has``."""
+        return any(row["step"] == str(step) and row.get(metric) for row in self._known)
 
     def _restore(self, rows: list[dict[str, str]]) -> None:
         self.metrics_keys = sorted({name for row in rows for name in row})
@@ -50,6 +62,12 @@ class _Continued(ExperimentWriter):
             writer.writerows(rows)
         if not rows:
             Path(self.metrics_file_path).unlink()
+
+
+def _is_before(row: dict[str, str], step: int, again: set[str]) -> bool:
+    own = int(row["step"] or 0)
+    logged = {name.partition("/")[0] for name, value in row.items() if "/" in name and value}
+    return own < step or (own == step and "train" in logged and not logged & again)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

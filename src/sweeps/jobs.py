@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import sys
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from src.checkpoints.integrity import newest_whole
 from src.reporting.registry import FINISHED, Run
 from src.sweeps.plan import Job
 
@@ -78,25 +77,13 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
     """
     folder = job.folder(root)
     command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, f"hydra.run.dir={folder}"]
-    checkpoint = _newest_checkpoint(folder / "checkpoints", job.config["trainer"]["max_steps"])
+    checkpoint = newest_whole(folder / "checkpoints", below=job.config["trainer"]["max_steps"])
     if checkpoint is not None:
-        step, path = checkpoint
-        return Start([*command, f"ckpt_path={path}"], step)
+        return Start([*command, f"ckpt_path={checkpoint.path}"], checkpoint.step)
     if tidy and any((folder / "checkpoints").glob("*.ckpt")):
         # Nothing in there can be gone on from: training had ended, or the files are not whole. A new run wants a folder without them.
         _set_aside(folder / "checkpoints")
     return Start(command, 0)
-
-
-def _newest_checkpoint(folder: Path, max_steps: int) -> tuple[int, Path] | None:
-    """The last step before the end of training of which there is a whole file, and that file."""
-    found = []
-    for path in folder.glob("step*.ckpt"):
-        match = re.fullmatch(r"step(\d+)\.ckpt", path.name)
-        # A checkpoint is a zip archive, whose directory is written last.
-        if match and int(match[1]) < max_steps and zipfile.is_zipfile(path):
-            found.append((int(match[1]), path))
-    return max(found, default=None)
 
 
 def _set_aside(folder: Path) -> None:

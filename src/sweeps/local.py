@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from src.callbacks.preemption import REQUEUE
 from src.config import ConfigError
 from src.sweeps.jobs import ROOT, Lock, is_finished, start_of
 from src.sweeps.plan import Job
@@ -135,7 +136,8 @@ class _Pool:
             seconds = time.monotonic() - running.started
             if code == 0 and is_finished(running.job, self.root):
                 self.told(running.job, "finished", seconds)
-            elif code != 2 and self.attempts[running.job.name] < self.settings.attempts:  # 2: a mistake of the user's
+            elif code == REQUEUE or (code != 2 and self.attempts[running.job.name] < self.settings.attempts):
+                # Stopped on request, its state on the disk; or broken off. (2 is a mistake of the user's.)
                 self.waiting.append(running.job)
             else:
                 self.told(running.job, "failed", seconds)

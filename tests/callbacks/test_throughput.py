@@ -30,7 +30,38 @@ def test_tokens_per_second_by_a_fake_clock(monkeypatch):
     now[0] += 2
     trainer.global_step = 2
     callback.on_train_batch_end(trainer, module, None, batch, 1)
-    assert logged == {"train/tokens_per_second": pytest.approx(2 * 2 * 8 * 16 / 3)}
+    assert logged == {"train/tokens_per_second": pytest.approx(2 * 2 * 8 * 16 / 3), "train/data_wait": 0.0}
+
+
+def test_utilisation_and_waiting_by_a_fake_clock(monkeypatch):
+    """Of 10 s between two logs, 4 are spent waiting for the second batch; 3 x 50 operations a token, on two devices of 1,000 a second."""
+    now, logged = [0.0], {}
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=1,
+        global_step=1,
+        log_every_n_steps=1,
+        world_size=2,
+        datamodule=SimpleNamespace(window=17),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    net = SimpleNamespace(flops_per_token=lambda seq_len: {16: 50}[seq_len])
+    module: Any = SimpleNamespace(log=lambda name, value, **_: logged.update({name: float(value)}), net=net)
+    batch, callback = {"tokens": torch.zeros(4, 5)}, throughput.Throughput(peak=1000.0)
+    callback.on_train_start(trainer, module)
+    callback.on_train_batch_start(trainer, module, batch, 0)
+    now[0] += 1
+    callback.on_train_batch_end(trainer, module, None, batch, 0)
+    now[0] += 4
+    callback.on_train_batch_start(trainer, module, batch, 1)
+    now[0] += 6
+    callback.on_train_batch_end(trainer, module, None, batch, 1)
+    rate = 2 * 20 / 10
+    assert [logged["train/tokens_per_second"], callback.rate] == pytest.approx([rate, rate])
+    assert [logged["train/data_wait"], callback.data_wait] == pytest.approx([0.4, 0.4])
+    assert [logged["train/mfu"], callback.mfu] == pytest.approx([rate * 3 * 50 / 2000] * 2)
+    with pytest.raises(ValueError, match="callbacks.throughput.peak=0"):
+        throughput.Throughput(peak=0)
 
 
 def test_lines_appear_only_where_metrics_are_fresh(capsys):

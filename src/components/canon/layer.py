@@ -11,6 +11,7 @@ Departure from the release: taps stop at document boundaries when ``segments`` a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -94,7 +95,12 @@ class Canon(nn.Module):
             init.constant(self.bias, 0.0)
 
     def forward(
-        self, x: Tensor, *, segments: Tensor | None = None, state: ConvState | None = None
+        self,
+        x: Tensor,
+        *,
+        segments: Tensor | None = None,
+        state: ConvState | None = None,
+        own: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, ConvState]:
         """Mixes each token with its predecessors.
 
@@ -102,14 +108,18 @@ class Canon(nn.Module):
             x: ``[B, T, width]``.
             segments: ``[B, T]`` document numbers; a tap that would reach into another document counts as zero.
             state: the last k-1 inputs of what came before; start with ``initial_state``.
+            own: which rows of the weights belong to the channels of x, where x has only some of them (tensor parallelism).
 
         Returns:
             ``[B, T, width]``, and the new state if one was given.
         """
+        weight, bias = self.weight, self.bias
+        if own is not None:
+            weight, bias = own(weight), None if bias is None else own(bias)
         y, new_state = causal_conv(
             x,
-            self.weight.squeeze(1),
-            bias=self.bias,
+            weight.squeeze(1),
+            bias=bias,
             activation=self.activation,
             residual=self.residual,
             segments=segments,
@@ -120,7 +130,7 @@ class Canon(nn.Module):
 
     def initial_state(self, x: Tensor) -> ConvState:
         """The state before the first token of a batch shaped, typed and placed like x ``[B, T, width]``."""
-        return causal_conv_state(x.shape[0], self.width, self.kernel_size, dtype=x.dtype, device=x.device)
+        return causal_conv_state(x.shape[0], x.shape[-1], self.kernel_size, dtype=x.dtype, device=x.device)
 
     def count_parameters(self) -> int:
         """``kernel_size`` weights per channel, and the biases."""
@@ -142,7 +152,14 @@ class Canon(nn.Module):
         return ", ".join(parts)
 
 
-def canon_at(point: str, canon: Canon | None, x: Tensor, segments: Tensor | None, state: dict | None) -> Tensor:
+def canon_at(
+    point: str,
+    canon: Canon | None,
+    x: Tensor,
+    segments: Tensor | None,
+    state: dict | None,
+    own: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Applies the Canon layer of one insertion point, if there is one.
 
     Args:
@@ -151,11 +168,13 @@ def canon_at(point: str, canon: Canon | None, x: Tensor, segments: Tensor | None
         x: ``[B, T, width]``.
         segments: ``[B, T]`` document numbers or None.
         state: the block's or mixer's state, updated in place; None in training.
+        own: as in ``Canon.forward``.
     """
     if canon is None:
         return x
     if state is None:
-        y = canon(x, segments=segments)
+        y = canon(x, segments=segments, own=own)
     else:
-        y, state[point] = canon(x, segments=segments, state=state.get(point, None) or canon.initial_state(x))
+        before = state.get(point, None) or canon.initial_state(x)
+        y, state[point] = canon(x, segments=segments, state=before, own=own)
     return y

@@ -14,7 +14,10 @@ With a state, positions count the real tokens of each row, so that padding on ei
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.components.cache import Growing
@@ -24,6 +27,7 @@ from src.components.kernels.attention import Pair, attention, check_backend
 from src.components.mixers.base import Mixer, State
 from src.components.norm import RMSNorm
 from src.components.position import NoPE, RoPE
+from src.components.tensor_parallel import TensorGroup
 
 
 class Attention(Mixer):
@@ -76,6 +80,7 @@ class Attention(Mixer):
         self.position = RoPE() if position is None else position
         self.position.check(num_heads, num_kv_heads, self.head_dim)
 
+        self.split: TensorGroup | None = None
         self.q_width, self.kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
         self.widths = [self.q_width, self.kv_width, self.kv_width]
         self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False)
@@ -90,14 +95,20 @@ class Attention(Mixer):
         """See ``Mixer.forward``. The state holds the keys and values so far (the last ``window``), and the inputs of Canon-B."""
         batch, time = x.shape[:2]
         state = None if state is None else dict(state)
-        qkv = self.qkv_proj(x)
+        share, own = 1, None
+        if self.split is None:
+            qkv = self.qkv_proj(x)
+        else:
+            share, own = self.split.size, partial(self.split.own, parts=self._own_rows())
+            qkv = F.linear(self.split.enter(x), own(self.qkv_proj.weight))
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split(self.widths, dim=-1)
             qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-1)
-        q, k, v = canon_at("B", self.canon_b, qkv, segments, state).split(self.widths, dim=-1)
-        q = q.view(batch, time, self.num_heads, self.head_dim)
-        k = k.view(batch, time, self.num_kv_heads, self.head_dim)
-        v = v.view(batch, time, self.num_kv_heads, self.head_dim)
+        widths = [width // share for width in self.widths]
+        q, k, v = canon_at("B", self.canon_b, qkv, segments, state, own).split(widths, dim=-1)
+        q = q.view(batch, time, self.num_heads // share, self.head_dim)
+        k = k.view(batch, time, self.num_kv_heads // share, self.head_dim)
+        v = v.view(batch, time, self.num_kv_heads // share, self.head_dim)
 
         positions = _positions(state, segments, time, x.device)
         q, k = self.position.rotate(q, k, positions)
@@ -116,7 +127,33 @@ class Attention(Mixer):
         )
         if state is not None and self.window is not None:
             _forget(state, self.window, segments)
-        return self.out_proj(out.reshape(batch, time, self.q_width)), state
+        out = out.reshape(batch, time, self.q_width // share)
+        if self.split is None:
+            return self.out_proj(out), state
+        columns = self.split.own(self.out_proj.weight, self._own_rows()[:1], dim=1)
+        return self.split.leave(F.linear(out, columns)), state
+
+    def split_over(self, split: TensorGroup) -> None:
+        """See ``Mixer.split_over``: heads are independent of each other, but for a norm across them or what tells them apart."""
+        split.part(self.num_heads, "num_heads")
+        split.part(self.num_kv_heads, "num_kv_heads")
+        if self.q_norm is not None:
+            raise ValueError("qk_norm=true spans all heads: it cannot be split among processes (tensor_parallel)")
+        if self.position.differs_by_head:
+            raise ValueError(
+                f"{self.position} treats heads differently: they cannot be split among processes (tensor_parallel)"
+            )
+        self.split = split
+
+    def _own_rows(self) -> list[slice]:
+        """Rows of ``qkv_proj`` that are this process's query, key and value heads."""
+        assert self.split is not None
+        rows, start = [], 0
+        for width in self.widths:
+            part = self.split.part(width, "width")
+            rows.append(slice(start + part.start, start + part.stop))
+            start += width
+        return rows
 
     def init_weights(self, init: Initializer) -> None:
         """All four matrices have the model width as their fan-in, as in the release."""

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from src.components.initialization import Initializer
+from src.components.tensor_parallel import TensorGroup
 
 # What a mixer or a block carries from one call to the next: tensors by name, the batch first, nested where a block holds its mixer's.
 # What else a state may hold, `src/components/cache.py` lists. An empty dictionary is the state before the first token.
@@ -44,6 +45,17 @@ class Mixer(nn.Module, ABC):
         Returns:
             ``[B, T, dim]`` and the new state (None if none was given). The given state is left as it was.
         """
+
+    def split_over(self, split: TensorGroup) -> None:
+        """Has each process of a group compute its share of the heads; a mixer that can do so overrides this.
+
+        Raises:
+            ValueError: this mixer cannot, or not with these heads.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be split among processes: trainer.strategy.tensor_parallel={split.size} is for models "
+            "whose mixers are all attention. Use trainer=fsdp"
+        )
 
     @abstractmethod
     def init_weights(self, init: Initializer) -> None:

@@ -1,0 +1,226 @@
+"""Watches loss and gradient: what to do about one that is not finite, or far above what it has been.
+
+    stop       the run ends before the update, with a message; the batch is kept
+    skip       the update is left out; training goes on with the next batch
+    rollback   back to the newest whole checkpoint from before; when that step comes again, its update is left out
+    warn       a message, nothing else
+
+The norm of the gradient is that of the global batch, the same on all processes, so all of them decide alike; a loss that is not
+finite on one process makes everybody's gradient so. The batch of every step that was objected to is kept, with its number, under
+``bad_batches/`` of the run's folder: ``replay`` computes its loss again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from src.checkpoints.integrity import newest_whole
+from src.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+LEAST_HISTORY = 32  # steps, before which nothing is called a spike
+
+
+class BadStep(RuntimeError):
+    """A step whose loss or gradient must not be used; the message says which, why, and how to go on."""
+
+
+class RollBack(Exception):  # no error, a request
+    """Training is to go on from an earlier checkpoint.
+
+    Args:
+        checkpoint: the file.
+        leave_out: steps, counted from 1, whose updates are left out from now on.
+    """
+
+    def __init__(self, checkpoint: Path, leave_out: set[int]):
+        super().__init__(f"back to {checkpoint}, leaving out steps {sorted(leave_out)}")
+        self.checkpoint, self.leave_out = checkpoint, leave_out
+
+
+class Guard(Callback):
+    """See the head of this file.
+
+    Args:
+        nonfinite: what to do about a loss or gradient that is not finite.
+        spike: what to do about a loss or norm above mean + ``spike_deviations`` standard deviations of the last ``window`` steps.
+        spike_deviations: how far is too far.
+        window: steps.
+        margin: steps before and after a bad one whose updates a rollback leaves out as well.
+        limit: how many steps may be left out, and how often training may be rolled back, before the run stops all the same.
+        folder: of the run; its ``checkpoints`` are what a rollback goes back to.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        nonfinite: Literal["stop", "skip", "rollback"] = "stop",
+        spike: Literal["warn", "stop", "skip", "rollback"] | None = "warn",
+        spike_deviations: float = 8.0,
+        window: int = 128,
+        margin: int = 0,
+        limit: int = 20,
+    ):
+        for name, value, least in (("window", window, LEAST_HISTORY), ("margin", margin, 0), ("limit", limit, 0)):
+            if value < least:
+                raise ValueError(f"callbacks.guard.{name}={value}: at least {least}")
+        if spike_deviations <= 0:
+            raise ValueError(f"callbacks.guard.spike_deviations={spike_deviations}: positive")
+        self.folder = Path(folder)
+        self.nonfinite, self.spike, self.spike_deviations = nonfinite, spike, spike_deviations
+        self.window, self.margin, self.limit = window, margin, limit
+        self.history: dict[str, deque[float]] = {name: deque(maxlen=window) for name in ("loss", "grad_norm")}
+        self.leave_out: set[int] = set()
+        self.skipped: list[int] = []
+        self._batches: list[Any] = []
+        self._losses: list[Tensor] = []
+
+    # ---- what a step brings ----------------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps hold of the micro-batches of the step."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._batches.clear()
+        self._batches.append(batch)
+
+    def before_update(self, trainer: Any, module: Any, optimizer: Any, loss: Tensor, norm: Tensor) -> None:
+        """Called by the module with the step's loss (this process's share) and its gradient's norm, before the update.
+
+        Raises:
+            BadStep: the run is to stop.
+            RollBack: it is to go on from an earlier checkpoint.
+        """
+        step = trainer.global_step + 1
+        if step in self.leave_out:
+            self._skip(step, optimizer, "it was objected to before")
+            return
+        loss = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean") if trainer.world_size > 1 else loss
+        found = {"loss": float(loss), "grad_norm": float(norm)}
+        strange = [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]
+        if strange:
+            self._object(trainer, module, optimizer, step, found, self.nonfinite, f"{' and '.join(strange)}")
+            return
+        strange = [
+            f"{name} {value:.4g} after {_mean(self.history[name]):.4g}"
+            for name, value in found.items()
+            if self.spike is not None and self._is_spike(name, value)
+        ]
+        if strange:
+            self._object(trainer, module, optimizer, step, found, str(self.spike), f"{' and '.join(strange)}")
+            return
+        for name, value in found.items():
+            self.history[name].append(value)
+
+    def _is_spike(self, name: str, value: float) -> bool:
+        history = self.history[name]
+        if len(history) < LEAST_HISTORY:
+            return False
+        mean = _mean(history)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in history) / (len(history) - 1))
+        # A loss that hardly moves any more has next to no deviation: what is within a tenth is no spike.
+        return value > mean + max(self.spike_deviations * deviation, 0.1 * abs(mean))
+
+    # ---- what is done about it -------------------------------------------------------------------------------------
+
+    def _object(
+        self, trainer: Any, module: Any, optimizer: Any, step: int, found: dict[str, float], action: str, why: str
+    ) -> None:
+        kept = self._keep(trainer, step, found)
+        if action == "warn":
+            log.warning(f"step {step}: {why}; its batch is kept in {kept}")
+        elif action == "skip":
+            log.warning(f"step {step}: {why}; its update is left out, its batch kept in {kept}")
+            self._skip(step, optimizer, why)
+        else:
+            whole = newest_whole(self.folder / "checkpoints", below=step) if trainer.is_global_zero else None
+            path = trainer.strategy.broadcast(None if whole is None else str(whole.path))
+            if action == "rollback" and path is not None:
+                wanted = self.leave_out | set(range(step - self.margin, step + self.margin + 1))
+                if len(wanted) <= self.limit:
+                    log.warning(f"step {step}: {why}; back to {path}, its batch is kept in {kept}")
+                    raise RollBack(Path(path), wanted)
+                why += f"; rolled back too often (callbacks.guard.limit={self.limit})"
+            how = f"go on with ckpt_path={path}" if path else "there is no checkpoint from before"
+            raise BadStep(
+                f"step {step}: {why}. The update was not made and the batch is kept in {kept}; {how}, and with "
+                "callbacks.guard.nonfinite=skip (or spike=skip) to leave such steps out"
+            )
+
+    def _skip(self, step: int, optimizer: Any, why: str) -> None:
+        self.skipped.append(step)
+        if len(self.skipped) > self.limit:
+            raise BadStep(
+                f"step {step}: {why}; {len(self.skipped)} updates have been left out, more than "
+                f"callbacks.guard.limit={self.limit}: {self.skipped}"
+            )
+        # Parameters without a gradient are passed over: weights, moments and the step count of the optimizer stay as they are.
+        optimizer.zero_grad(set_to_none=True)
+
+    def _keep(self, trainer: Any, step: int, found: dict[str, float]) -> Path:
+        folder = self.folder / "bad_batches"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step{step:08d}.rank{trainer.global_rank}.pt"
+        batches = [{name: value.cpu() for name, value in batch.items()} for batch in self._batches]
+        torch.save({"step": step, "rank": trainer.global_rank, "batches": batches} | found, path)
+        return path
+
+    # ---- over interruptions ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to decide as one that was not stopped."""
+        history = {name: list(values) for name, values in self.history.items()}
+        return {"history": history, "skipped": list(self.skipped), "leave_out": sorted(self.leave_out)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse; steps that are to be left out from now on are added to those before."""
+        for name, values in state_dict["history"].items():
+            self.history[name] = deque(values, maxlen=self.window)
+        self.skipped = list(state_dict["skipped"])
+        self.leave_out |= set(state_dict["leave_out"])
+
+
+def _mean(values: deque[float]) -> float:
+    return sum(values) / len(values)
+
+
+def replay(path: str | Path, net: Any) -> float:
+    """The mean loss per target of a kept batch, in nats, under a model.
+
+    Args:
+        path: a file of ``bad_batches/``.
+        net: the model, such as ``load_model`` of a checkpoint from before the step.
+
+    Raises:
+        ConfigError: the file is no kept batch.
+    """
+    kept = torch.load(path, map_location="cpu", weights_only=True)
+    if "batches" not in kept:
+        raise ConfigError(f"{path}: no batch that a guard has kept; it holds {json.dumps(sorted(kept))}")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in kept["batches"]:
+            is_target = batch["loss_mask"][:, 1:]
+            segments = batch.get("segments")
+            logits = net(
+                batch["tokens"][:, :-1], segments=None if segments is None else segments[:, :-1], select=is_target
+            )
+            targets = batch["tokens"][:, 1:][is_target]
+            total += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+            count += targets.numel()
+    return total / max(count, 1)

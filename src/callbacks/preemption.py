@@ -1,0 +1,146 @@
+"""Stops a run in time: at a signal, or before its wall time ends, it writes a checkpoint and exits with a status that asks for more.
+
+    SIGTERM, SIGUSR1      what SLURM, Kubernetes and cloud machines send before they end a process
+    wall time             ``max_minutes``, or the end of the SLURM job (SLURM_JOB_END_TIME), less ``margin_minutes``
+
+All processes of a run stop after the same optimizer step, whichever of them has heard of it: they agree once a step by a number
+that travels between CPUs (no device waits for it). ``ckpt_path=auto`` goes on at the very next step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+log = logging.getLogger(__name__)
+
+
+class Preempted(SystemExit):
+    """The run has stopped on request, its state is on the disk."""
+
+    def __init__(self, message: str):
+        super().__init__(REQUEUE)
+        self.message = message
+
+
+class Preemption(Callback):
+    """See the head of this file.
+
+    Args:
+        max_minutes: wall time of this attempt, from the start of the process; None for no limit but SLURM's.
+        margin_minutes: how long before the limit to stop: a checkpoint and a validation must fit.
+
+    Raises:
+        ValueError: for a limit that leaves no time, or a negative margin.
+    """
+
+    def __init__(self, max_minutes: float | None = None, margin_minutes: float = 5.0):
+        if margin_minutes < 0:
+            raise ValueError(f"callbacks.preemption.margin_minutes={margin_minutes}: at least 0")
+        if max_minutes is not None and max_minutes <= margin_minutes:
+            raise ValueError(
+                f"callbacks.preemption.max_minutes={max_minutes}: more than margin_minutes={margin_minutes}, or null"
+            )
+        self.deadline = _deadline(max_minutes, margin_minutes)
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+        self._group: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listens to signals, in place of Lightning, which would exchange tensors inside of a handler."""
+        if trainer.world_size > 1:
+            self._group = torch.distributed.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a whole optimizer step: stops if any process has been asked to.
+
+        Raises:
+            Preempted: once the checkpoint is written.
+        """
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step >= trainer.max_steps:
+            return
+        asked = self._asked()
+        if asked is None:
+            return
+        path = save_now(trainer, pl_module, outputs, batch, batch_idx)
+        message = f"{asked}: stopped after step {trainer.global_step} of {trainer.max_steps}"
+        message += (
+            f"; go on with ckpt_path={path}" if path else ", without a checkpoint (there is no checkpoint callback)"
+        )
+        log.warning(message)
+        raise Preempted(message)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same, where training ends otherwise."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _note(self, number: int, _: Any) -> None:
+        self.signal = number
+
+    def _asked(self) -> str | None:
+        """Why all processes are to stop now, or None; the same answer on all of them."""
+        late = self.deadline is not None and time.time() >= self.deadline
+        own = self.signal or (-1 if late else 0)
+        if self._group is not None:
+            everyone = torch.tensor([max(own, 0), int(late)])
+            torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MAX, group=self._group)
+            own = int(everyone[0]) or (-1 if everyone[1] else 0)
+        if own == 0:
+            return None
+        return signal.Signals(own).name if own > 0 else "the wall time ends"
+
+
+def save_now(trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> str | None:
+    """Has the run's own checkpoint callback save this step, so that it also looks after the file later.
+
+    Returns:
+        The file, whole on the disk; None where there is no such callback.
+    """
+    callback = next(
+        (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor == "step"), None
+    )
+    if callback is None:
+        return None
+    every, callback._every_n_train_steps = callback._every_n_train_steps, 1
+    try:
+        callback.on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+    finally:
+        callback._every_n_train_steps = every
+    wait_for_files(trainer)
+    trainer.strategy.barrier()
+    return callback._last_checkpoint_saved
+
+
+def wait_for_files(trainer: Any) -> None:
+    """Returns when checkpoints that are written in the background are whole."""
+    wait = getattr(trainer.strategy.checkpoint_io, "wait", None)
+    if wait is not None:
+        wait()
+
+
+def _deadline(max_minutes: float | None, margin_minutes: float) -> float | None:
+    ends = [] if max_minutes is None else [time.time() + 60 * max_minutes]
+    if (slurm := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
+        ends.append(float(slurm))
+    return min(ends) - 60 * margin_minutes if ends else None

@@ -1,0 +1,398 @@
+"""Stop it anywhere, break what you like: what docs/reliability.md promises of each fault."""
+
+import csv
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+import src.checkpoints.io
+from src.callbacks.guard import BadStep, Guard, replay
+from src.callbacks.preemption import REQUEUE, Preemption
+from src.checkpoints import load_model
+from src.modules.language_model import LanguageModel
+from tests.runs import ROOT, TINY, curve, free_port, results, same, tiny_run
+
+EVERY = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.save_top_k=2"]
+CLOCKS = ("train/tokens_per_second", "train/data_wait")
+
+
+def final(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)
+
+
+def metrics_of(folder: Path) -> list[dict[str, str]]:
+    """All that was logged, but what a clock says."""
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if v and k not in CLOCKS} for row in csv.DictReader(file)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    one, two = final(a), final(b)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert same(one[part], two[part]), part
+    assert metrics_of(a) == metrics_of(b)
+    assert results(a)["metrics"] == results(b)["metrics"]
+
+
+class Process:
+    """``python src/train.py`` in a process group of its own."""
+
+    def __init__(self, folder: Path, *overrides: str):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "output.log"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "src" / "train.py"), *overrides, f"hydra.run.dir={folder}"],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()},
+            )
+
+    def steps(self) -> int:
+        """The newest step of which there is a checkpoint."""
+        found = [int(p.name[4:12]) for p in (self.folder / "checkpoints").glob("step????????.ckpt")]
+        return max(found, default=0)
+
+    def reach(self, step: int, seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while self.steps() < step and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert self.steps() >= step, self.log.read_text()[-3000:]
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self, seconds: float = 180.0) -> int:
+        return self.process.wait(timeout=seconds)
+
+
+# ---- killed and resumed ---------------------------------------------------------------------------------------------
+
+TASK = TINY[:-5]
+CORPUS = ["data=text_files", "data.tokenizer=bytes", "data.window=64", "data.batch_size=4", "data.eval_batch_size=4"]
+CORPUS += ["data.val_windows=6", "data.test_windows=6", "model.dim=16", "model.feedforward.hidden_dim=16"]
+ON = {
+    "one": ["trainer=cpu"],
+    "ddp": ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"],
+    "fsdp": ["trainer=fsdp", "trainer.devices=2", "trainer.accelerator=cpu"],
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(40):
+        words = np.random.default_rng(i).integers(0, 50, size=200)
+        (folder / f"{i}.txt").write_text(" ".join(f"word{w}" for w in words))
+    return folder
+
+
+def exact(tmp_path: Path, data: list[str], model: str, strategy: str, kills: int, steps: int) -> None:
+    options = [*(o for o in data if not o.startswith("trainer=")), f"model={model}", *ON[strategy], *EVERY]
+    options += ["canon.positions=AbCD", f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps // 4}"]
+    options += ["trainer.log_every_n_steps=1", "scheduler.warmup_steps=1"]
+    straight = Process(tmp_path / "straight", *options)
+    assert straight.end() == 0, straight.log.read_text()[-3000:]
+    draw = random.Random(f"{data[0]}{model}{strategy}")
+    moments = sorted(draw.sample(range(1, steps - 1), kills))
+    for moment in moments:
+        run = Process(tmp_path / "killed", *options, "ckpt_path=auto")
+        run.reach(moment)
+        time.sleep(draw.random() * 0.05)
+        run.kill()
+    last = Process(tmp_path / "killed", *options, "ckpt_path=auto")
+    assert last.end() == 0, last.log.read_text()[-3000:]
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_killed_and_resumed_is_the_straight_run(tmp_path):
+    exact(tmp_path, TASK, "gdn", "one", kills=2, steps=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", list(ON))
+@pytest.mark.parametrize("model", ["llama", "gdn"])
+@pytest.mark.parametrize("data", ["task", "corpus"])
+def test_killed_at_five_moments(tmp_path, corpus, data, model, strategy):
+    chosen = TASK if data == "task" else [*CORPUS, f"data.path={corpus}", f"data.cache_dir={tmp_path / 'cache'}"]
+    exact(tmp_path, chosen, model, strategy, kills=5, steps=80)
+
+
+# ---- stopped on request ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("strategy", "number"), [("one", signal.SIGUSR1), ("ddp", signal.SIGTERM)])
+def test_a_signal_leaves_a_checkpoint_and_asks_to_be_started_again(tmp_path, strategy, number):
+    options = [*(o for o in TINY if not o.startswith("trainer=")), *ON[strategy], "trainer.max_steps=200"]
+    options += ["trainer.val_check_interval=100", "callbacks.checkpoint.every_n_train_steps=20"]
+    run = Process(tmp_path / "run", *options, "ckpt_path=auto")
+    run.reach(20)
+    os.kill(run.process.pid, number)  # to one process only
+    assert run.end() == REQUEUE, run.log.read_text()[-3000:]
+    stopped = run.steps()
+    assert 20 <= stopped < 200
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["exit_status"] == REQUEUE
+    assert f"stopped after step {stopped} of 200" in run.log.read_text()
+    again = Process(tmp_path / "run", *options, "ckpt_path=auto", "trainer.max_steps=200")
+    assert again.end() == 0, again.log.read_text()[-3000:]
+    # The very next step, and none twice.
+    logged = [int(row["step"]) for row in metrics_of(tmp_path / "run") if "train/loss" in row]
+    assert logged == list(range(200))
+    assert f"step{stopped:08d}.ckpt" in json.loads((tmp_path / "run" / "run.json").read_text())["resumed_from"]
+
+
+def test_the_wall_time_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 60))
+    with pytest.raises(SystemExit) as stopped:
+        tiny_run(tmp_path, "callbacks.preemption.margin_minutes=5")
+    assert stopped.value.code == REQUEUE
+    assert "the wall time ends: stopped after step 1 of 4" in str(stopped.value.message)  # type: ignore[attr-defined]
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert Preemption(max_minutes=10, margin_minutes=5).deadline == pytest.approx(time.time() + 300, abs=5)
+    for options in ({"max_minutes": 1}, {"margin_minutes": -1}):
+        with pytest.raises(ValueError, match="callbacks.preemption"):
+            Preemption(**options)  # type: ignore[arg-type]
+
+
+# ---- a gradient or loss that must not be used -----------------------------------------------------------------------
+
+
+def poison(monkeypatch, step: int, value: float = float("nan"), times: int = 1) -> list[int]:
+    """The loss of one step, counted from 1, is multiplied by ``value``."""
+    original, met = LanguageModel._summed_loss, []
+
+    def poisoned(self, batch):
+        loss, right = original(self, batch)
+        if self.trainer.global_step + 1 == step and len(met) < times:
+            met.append(step)
+            loss = loss * value
+        return loss, right
+
+    monkeypatch.setattr(LanguageModel, "_summed_loss", poisoned)
+    return met
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
+    poison(monkeypatch, 3, value)
+    with pytest.raises(BadStep, match=r"step 3: .*(nan|inf).*go on with ckpt_path=.*step00000002.ckpt"):
+        tiny_run(tmp_path, *EVERY)
+    kept = tmp_path / "bad_batches" / "step00000003.rank0.pt"
+    net = load_model(tmp_path / "checkpoints" / "step00000002.ckpt")
+    monkeypatch.undo()
+    tiny_run(tmp_path / "straight")
+    assert replay(kept, net) == pytest.approx(curve(tmp_path / "straight", "train/loss")[2], abs=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_update_can_be_left_out(tmp_path, monkeypatch, accumulate):
+    poison(monkeypatch, 3)
+    options = [*EVERY, "callbacks.checkpoint.save_top_k=-1", "callbacks.guard.nonfinite=skip"]
+    options += [f"trainer.accumulate_grad_batches={accumulate}", f"trainer.val_check_interval={2 * accumulate}"]
+    tiny_run(tmp_path, *options)
+    before, after = (torch.load(tmp_path / "checkpoints" / f"step{i:08d}.ckpt", weights_only=True) for i in (2, 3))
+    assert same(before["state_dict"], after["state_dict"])
+    assert same(before["optimizer_states"][0]["state"], after["optimizer_states"][0]["state"])
+    assert (
+        len(torch.load(tmp_path / "bad_batches" / "step00000003.rank0.pt", weights_only=True)["batches"]) == accumulate
+    )
+    assert not same(after["state_dict"], final(tmp_path)["state_dict"])
+
+
+def test_rolling_back_leaves_the_step_out(tmp_path, monkeypatch):
+    """From the checkpoint before, once more up to the step, past it: as if its update had been skipped at once."""
+    poison(monkeypatch, 4, times=1)
+    options = ["trainer.max_steps=6", "callbacks.checkpoint.every_n_train_steps=2"]
+    tiny_run(tmp_path / "back", *options, "callbacks.guard.nonfinite=rollback")
+    monkeypatch.undo()
+    poison(monkeypatch, 4)
+    tiny_run(tmp_path / "skipped", *options, "callbacks.guard.nonfinite=skip")
+    assert same(final(tmp_path / "back")["state_dict"], final(tmp_path / "skipped")["state_dict"])
+    steps = [int(row["step"]) for row in metrics_of(tmp_path / "back") if "train/loss" in row]
+    assert steps == list(range(6))
+
+
+def test_a_spike_is_told_and_can_be_left_out(tmp_path, monkeypatch, caplog):
+    options = ["trainer.max_steps=50", "trainer.val_check_interval=50", "callbacks.guard.spike_deviations=20"]
+    poison(monkeypatch, 45, 50.0)
+    tiny_run(tmp_path / "warned", *options)
+    assert "step 45: loss" in caplog.text
+    poison(monkeypatch, 45, 50.0)
+    tiny_run(tmp_path / "skipped", *options, "callbacks.guard.spike=skip")
+    assert "its update is left out" in caplog.text
+    assert not same(final(tmp_path / "warned")["state_dict"], final(tmp_path / "skipped")["state_dict"])
+
+
+def test_a_guard_gives_up(tmp_path, monkeypatch):
+    poison(monkeypatch, 2)
+    with pytest.raises(BadStep, match=r"more than callbacks.guard.limit=0"):
+        tiny_run(tmp_path, "callbacks.guard.nonfinite=skip", "callbacks.guard.limit=0")
+    for options in ({"window": 3}, {"margin": -1}, {"spike_deviations": 0}):
+        with pytest.raises(ValueError, match="callbacks.guard"):
+            Guard("here", **options)  # type: ignore[arg-type]
+
+
+# ---- the disk -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, caplog, asynchronous):
+    """The third and fourth checkpoints find no room: training goes on, older ones stay, the last one is tried again."""
+    original, written = src.checkpoints.io.torch.save, []
+
+    def save(checkpoint, file):
+        written.append(checkpoint["global_step"])
+        if checkpoint["global_step"] in (3, 4) and "optimizer_states" in checkpoint and len(written) < 5:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(checkpoint, file)
+
+    monkeypatch.setattr(src.checkpoints.io.torch, "save", save)
+    plugin = (
+        f"trainer.plugins=[{{_target_:src.checkpoints.io.CheckpointFiles,asynchronous:{str(asynchronous).lower()}}}]"
+    )
+    tiny_run(tmp_path, *EVERY, plugin, "trainer.max_steps=6", "callbacks.checkpoint.save_top_k=2")
+    assert caplog.text.count("no room for checkpoint") == 2
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert not any(name.endswith(".part") for name in names)
+    assert {"step00000005.ckpt", "step00000006.ckpt", "final.ckpt"} <= names
+    assert not {"step00000001.ckpt", "step00000002.ckpt", "step00000003.ckpt"} & names
+    monkeypatch.undo()
+    tiny_run(tmp_path / "straight", "trainer.max_steps=6")
+    assert same(final(tmp_path)["state_dict"], final(tmp_path / "straight")["state_dict"])
+
+
+def test_a_corpus_that_vanishes(tmp_path, corpus):
+    """The file is named when it is next opened; the same command builds it again and goes on."""
+    options = [
+        *CORPUS,
+        *ON["one"],
+        *EVERY,
+        f"data.path={corpus}",
+        "trainer.max_steps=60",
+        "trainer.val_check_interval=30",
+    ]
+    options += ["ckpt_path=auto"]
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    run = Process(tmp_path / "run", *options, cache)
+    run.reach(5)
+    for path in (tmp_path / "cache").rglob("*.npy"):
+        path.unlink()
+    assert run.end() == 2
+    message = run.log.read_text().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "val.tokens.npy" in message
+    again = Process(tmp_path / "run", *options, cache)
+    assert again.end() == 0, again.log.read_text()[-3000:]
+    straight = Process(tmp_path / "straight", *options, f"data.cache_dir={tmp_path / 'other'}")
+    assert straight.end() == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+# ---- processes that die ---------------------------------------------------------------------------------------------
+
+
+def test_a_data_worker_that_dies(tmp_path):
+    options = [*TINY, *EVERY, "data.num_workers=1", "trainer.max_steps=300", "trainer.val_check_interval=300"]
+    run = Process(tmp_path / "run", *options)
+    run.reach(3)
+    workers = [
+        child
+        for child in psutil.Process(run.process.pid).children()
+        if "resource_tracker" not in " ".join(child.cmdline())
+    ]
+    for worker in workers:
+        worker.kill()
+    assert run.end() != 0
+    assert "DataLoader worker" in run.log.read_text()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_dies_stops_the_others_within_a_minute(tmp_path, strategy):
+    """Started by hand, so that no launcher looks after them."""
+    port = free_port()
+    options = [*(o for o in TINY if not o.startswith("trainer=")), *ON[strategy], *EVERY, "trainer.max_steps=2000"]
+    processes = []
+    for rank in (0, 1):
+        with (tmp_path / f"rank{rank}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(ROOT / "src" / "train.py"), *options, f"hydra.run.dir={tmp_path / 'run'}"],
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ
+                    | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                    | {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+                    | {"TORCHELASTIC_RUN_ID": "test"},
+                )
+            )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("step*3.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes[1].kill()
+    started = time.monotonic()
+    try:
+        assert processes[0].wait(timeout=60) != 0
+    finally:
+        processes[0].kill()
+    assert time.monotonic() - started < 60
+    assert "another process of this run has died" in (tmp_path / "rank0.log").read_text()
+
+
+# ---- two nodes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_nodes", "fsdp_nodes"])
+def test_two_nodes_over_loopback(tmp_path, strategy):
+    """The commands of docs/scaling.md, with CPUs in place of GPUs."""
+    port = free_port()
+    options = [*(o for o in TINY if not o.startswith("trainer=")), f"trainer={strategy}", "trainer.accelerator=cpu"]
+    options += [
+        "trainer.devices=1",
+        "trainer.precision=32-true",
+        "trainer.max_steps=20",
+        "trainer.val_check_interval=20",
+    ]
+    nodes = [
+        subprocess.Popen(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nnodes=2",
+                    f"--node-rank={node}",
+                    "--nproc-per-node=1",
+                ),
+                *("--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "src" / "train.py"), *options),
+                f"hydra.run.dir={tmp_path / 'nodes'}",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for node in (0, 1)
+    ]
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    tiny_run(tmp_path / "one", "trainer.max_steps=20", "trainer.val_check_interval=20")
+    found = curve(tmp_path / "nodes", "train/loss")
+    assert len(found) == 20
+    assert found == pytest.approx(curve(tmp_path / "one", "train/loss"), abs=1e-5)
