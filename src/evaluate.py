@@ -46,7 +46,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     net = model_from_checkpoint(checkpoint)
     if net.vocab_size < datamodule.vocab_size:
         raise ConfigError(f"data: has ids up to {datamodule.vocab_size - 1}, the model knows {net.vocab_size}")
-    module = build_module(trained, net)
+    module = build_module(trained, net, training=False)
     trainer = evaluation_trainer(plain, trained)
     score = trainer.validate if plain["split"] == "val" else trainer.test
     score(module, datamodule=datamodule, verbose=False)

@@ -231,8 +231,13 @@ def build_net(plain: dict[str, Any], datamodule: StreamDataModule, deferred: boo
     return model_from_config(plain["model"], device="meta" if deferred else "cpu")
 
 
-def build_module(plain: dict[str, Any], net: Backbone, config_hash: str | None = None) -> LanguageModel:
-    """Wraps a model with the optimizer, schedule and loss that a plain configuration describes."""
+def build_module(
+    plain: dict[str, Any], net: Backbone, config_hash: str | None = None, training: bool = True
+) -> LanguageModel:
+    """Wraps a model with the optimizer, schedule and loss that a plain configuration describes.
+
+    ``training``: False for a model that is only to be scored, as it is.
+    """
     return LanguageModel(
         net,
         optimizer=instantiate(plain["optimizer"], "optimizer"),
@@ -240,8 +245,8 @@ def build_module(plain: dict[str, Any], net: Backbone, config_hash: str | None =
         loss=instantiate(plain["loss"], "loss"),
         config=plain,
         config_hash=config_hash,
-        compile=plain["compile"],
-        recompute=plain["activation_checkpointing"],
+        compile=training and plain["compile"],
+        recompute=plain["activation_checkpointing"] if training else "none",
     )
 
 

@@ -21,7 +21,6 @@ from src.checkpoints.files import CheckpointError, find_checkpoint, read_checkpo
 from src.checkpoints.integrity import by_age, damage
 from src.checkpoints.io import write_checkpoint
 from src.checkpoints.sharded import describe, is_sharded, write_shards
-from src.config import experiment_hash
 
 
 def inspect(path: Path) -> int:
@@ -33,7 +32,7 @@ def inspect(path: Path) -> int:
         "file": found,
         "step": f"{checkpoint['global_step']:,} of {config['trainer']['max_steps']:,}",
     }
-    rows |= {"run": config["name"], "config hash": experiment_hash(config), "format": checkpoint["format"]}
+    rows |= {"run": config["name"], "format": checkpoint["format"]}
     model, canon = config["model"], config["model"].get("canon") or {}
     rows["model"] = f"{model['depth']} x {model['dim']} {model['pattern']}, vocabulary {model['vocab_size']:,}"
     rows["Canon"] = canon.get("positions") or "none"

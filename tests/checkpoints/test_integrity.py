@@ -13,7 +13,9 @@ from src.checkpoints.__main__ import main
 from src.checkpoints.files import find_checkpoint, to_resume
 from src.checkpoints.integrity import damage, newest_whole
 from src.checkpoints.sharded import read_metadata
-from tests.runs import same, tiny_run
+from src.evaluate import evaluate
+from tests.runs import main as main_of
+from tests.runs import results, same, tiny_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint_0.1.0.ckpt"
 EVERY = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.save_top_k=-1"]
@@ -121,13 +123,15 @@ def test_pickled_objects_are_refused(run, capsys):
     assert "this must not run" not in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_the_previous_release_opens():
+def test_a_checkpoint_of_the_previous_release_opens(tmp_path):
     """Written by version 0.1.0; with it the logits that this version must find."""
     expected = json.loads(FIXTURE.with_suffix(".json").read_text())
     logits = load_model(FIXTURE)(torch.tensor([expected["ids"]]))
     torch.testing.assert_close(logits[0, -1], torch.tensor(expected["last_logits"]), atol=1e-5, rtol=1e-5)
     assert damage(FIXTURE) is None
     assert read_checkpoint(FIXTURE)["global_step"] == expected["step"]
+    main_of(evaluate, "evaluate", f"ckpt_path={FIXTURE}", f"hydra.run.dir={tmp_path}")
+    assert results(tmp_path)["metrics"]["test/loss"] > 0
 
 
 def test_the_command(run, tmp_path, capsys):
