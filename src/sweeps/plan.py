@@ -44,6 +44,7 @@ from src.run import checked
 
 SEED, LEARNING_RATE = "seed", "optimizer.lr"
 RECIPE = "recipe"
+SMALLEST = "smoke"
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,8 @@ class Sweep:
             ConfigError: there is no such scale, or it changes what does not exist.
         """
         if not self.scales:
+            if scale != SMALLEST:  # which is what the command line says unless told otherwise
+                raise ConfigError(f"scale={scale}: this sweep has no scales; leave it out")
             return self.checked()
         if scale not in self.scales:
             raise ConfigError(f"scale={scale}: this sweep has no such scale; {suggest(scale, self.scales)}")

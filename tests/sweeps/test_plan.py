@@ -48,7 +48,7 @@ def test_every_sweep_can_be_planned_at_every_scale(name):
         assert sweep.base
         return
     assert not name.startswith("results/") or {"smoke", "single_gpu", "paper"} == set(sweep.scales)
-    for scale in sweep.scales or [""]:
+    for scale in sweep.scales or ["smoke"]:
         planned = sweep.at(scale)
         assert not name.startswith("results/") or planned.expect
         combinations = planned._combinations()
@@ -207,6 +207,12 @@ def test_what_is_matched_is_what_the_overrides_leave():
 def test_mistakes(changes, message):
     with pytest.raises(ConfigError, match=message):
         small(**changes).checked().jobs()
+
+
+def test_a_scale_of_a_sweep_that_has_none():
+    assert small().at("smoke") == small()
+    with pytest.raises(ConfigError, match="scale=big: this sweep has no scales"):
+        small().at("big")
 
 
 def test_mistakes_at_a_scale():
