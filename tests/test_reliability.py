@@ -324,7 +324,7 @@ def test_a_data_worker_that_dies(tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_stops_the_others_within_a_minute(tmp_path, strategy):
     """Started by hand, so that no launcher looks after them."""
     port = free_port()
