@@ -120,7 +120,15 @@ def fit(
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except Preempted:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # PyTorch says one or the other, depending on what it was waiting for when the process died.
+        if datamodule.num_workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)):
+            raise RuntimeError(
+                f"a DataLoader worker, a process that prepares batches, has died ({error}); out of memory is the usual reason. Go on "
+                "with ckpt_path=auto; data.num_workers=0 prepares batches in the training process"
+            ) from error
+        if not isinstance(error, RuntimeError):
+            raise
         if trainer.world_size > 1 and lost_rank(error):
             raise RankLost(trainer.global_rank, error) from error
         raise

@@ -1,6 +1,8 @@
 """What a whole run promises: resumes bit for bit, evaluates to the same numbers, says what went wrong."""
 
 import csv
+import gzip
+import json
 import shutil
 import subprocess
 import sys
@@ -353,6 +355,10 @@ def load_model_weights(folder: Path) -> torch.Tensor:
     return model_from_config(read_checkpoint(folder)["config"]["model"]).head.weight.detach()
 
 
-def test_the_profiler_leaves_a_table(tmp_path):
-    main(train, "train", "debug=profiler", "data=depo_small", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}")
-    assert "run_training_batch" in next(tmp_path.glob("*profile*.txt")).read_text()
+def test_the_profiler_leaves_a_trace_and_a_table(tmp_path):
+    small = [option for option in TINY if not option.startswith(("trainer.max", "trainer.val"))]
+    main(train, "train", "debug=profiler", *small, "trainer.max_steps=9", f"hydra.run.dir={tmp_path}")
+    with gzip.open(tmp_path / "profile" / "trace.rank0.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event["name"].startswith("ProfilerStep#") for event in events) >= 3
+    assert "aten::mm" in (tmp_path / "profile" / "kernels.rank0.txt").read_text()
