@@ -188,8 +188,7 @@ def test_impossible_layouts_say_so(tmp_path):
         tiny_run(tmp_path, "activation_checkpointing=blok")
     with pytest.raises(ConfigError, match="tensor_parallel=0: at least 1"):
         Fsdp2(tensor_parallel=0)
-    for options in ({"replicas": 3}, {"tensor_parallel": 3}):
-        strategy = Fsdp2(**options)
+    for strategy in (Fsdp2(replicas=3), Fsdp2(tensor_parallel=3)):
         strategy.parallel_devices = [torch.device("cpu")] * 2
         with pytest.raises(ConfigError, match="=3 does not divide the 2 processes"):
             strategy.setup_environment()
