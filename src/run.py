@@ -103,7 +103,8 @@ def _run(
         trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
         metrics |= trainer.callback_metrics
     result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
-    record(output_dir, plain["name"], identity, module, datamodule, trainer, result, time.perf_counter() - started)
+    seconds = time.perf_counter() - started + (module.seconds_before if plain["train"] else 0.0)
+    record(output_dir, plain["name"], identity, module, datamodule, trainer, result, seconds)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,8 @@ class LanguageModel(L.LightningModule):
         self._step_metrics: list[dict[str, Tensor]] = []
         self._loss_of_step = torch.zeros(())
         self._unwritten: tuple[int, dict[str, float]] = (-1, {})
+        # Wall time that earlier attempts had taken up to the checkpoint that this one goes on from.
+        self.seconds_before, self._since = 0.0, time.perf_counter()
         self._routed: list[Any] = [module for module in net.modules() if hasattr(module, "auxiliary_loss")]
 
     @property
@@ -232,6 +235,7 @@ class LanguageModel(L.LightningModule):
         checkpoint["config"] = self.config
         checkpoint["data"] = datamodule.fingerprint() if datamodule is not None else None
         checkpoint["pending_metrics"] = self._pending_metrics()
+        checkpoint["seconds"] = self.seconds_before + time.perf_counter() - self._since
 
     def _pending_metrics(self) -> dict[str, float]:
         """What this step has logged: Lightning hands it to the loggers only after checkpoints of the step are written.
@@ -248,6 +252,7 @@ class LanguageModel(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remembers what the last step before has logged."""
         self._unwritten = (checkpoint["global_step"] - 1, checkpoint.get("pending_metrics") or {})
+        self.seconds_before = checkpoint.get("seconds", 0.0)
 
     def on_train_start(self) -> None:
         """Makes up for what the last step before had still to do when its checkpoint was written: log, and validate if that was due.

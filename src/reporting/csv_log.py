@@ -76,8 +76,11 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file, strict=False)
-        rows = list(reader)
-        header = reader.fieldnames or []
+        try:
+            rows = list(reader)
+            header = reader.fieldnames or []
+        except (UnicodeDecodeError, csv.Error):  # bytes of something else
+            return []
     if rows and (None in rows[-1] or None in rows[-1].values()):
         rows.pop()
     return rows if "step" in header else []

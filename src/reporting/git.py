@@ -17,8 +17,12 @@ def git_state() -> dict[str, Any] | None:
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
-    changed = (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines()
-    difference = _git("diff", "HEAD") if changed else None
+    # New files count where they decide results; what else lies about does not.
+    new = (_git("ls-files", "--others", "--exclude-standard", "--", "src", "configs") or "").splitlines()
+    changed = (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines() + [
+        f"?? {name}" for name in new
+    ]
+    difference = (_git("diff", "HEAD") or "") + "".join(_new_file(name) for name in new) if changed else None
     return {
         "commit": commit,
         "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
@@ -26,6 +30,13 @@ def git_state() -> dict[str, Any] | None:
         "changed": [line[3:] for line in changed][:50],
         "diff_sha256": hashlib.sha256(difference.encode()).hexdigest() if difference else None,
     }
+
+
+def _new_file(name: str) -> str:
+    try:
+        return f"\n?? {name}\n{hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}"
+    except OSError:  # gone meanwhile
+        return ""
 
 
 def _git(*arguments: str) -> str | None:

@@ -119,7 +119,10 @@ class Run:
     @cached_property
     def results(self) -> dict[str, Any]:
         """results.json; empty unless the run has finished."""
-        return _read_json(self.folder / "results.json") or {}
+        found = _read_json(self.folder / "results.json") or {}
+        metrics = found.get("metrics")
+        scores = isinstance(metrics, dict) and all(isinstance(score, int | float) for score in metrics.values())
+        return found if scores and isinstance(found.get("seconds"), int | float) else {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -131,7 +134,7 @@ class Run:
     def status(self) -> str:
         """running, finished, failed, interrupted; or lost, for one that was killed without a word."""
         status = self.record.get("status", LOST)
-        if status == RUNNING and self.record["host"] == socket.gethostname() and not _alive(self.record["pid"]):
+        if status == RUNNING and self.record.get("host") == socket.gethostname() and not _alive(self.record["pid"]):
             return LOST
         return FINISHED if status == FINISHED and self.results else LOST if status == FINISHED else status
 
@@ -144,8 +147,11 @@ class Run:
         """A metric over finished optimizer steps; empty when it was not logged."""
         path = self.folder / "csv" / "metrics.csv"
         if path.is_file():
-            table = pd.read_csv(path)
-            if metric in table:
+            try:
+                table = pd.read_csv(path)
+            except ValueError:  # empty, cut off, or bytes of something else: a curve less, and the scores stand
+                table = pd.DataFrame()
+            if metric in table and "step" in table:
                 values = pd.Series(table[metric].to_numpy(), index=table["step"].to_numpy() + 1, name=metric).dropna()
                 return values.loc[~values.index.duplicated(keep="last")]
         return pd.Series(dtype=float, name=metric)
@@ -241,10 +247,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """None for a file that is missing, or is not what was written: half of it, or bytes of something else."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # no UTF-8 and no JSON are both ValueErrors
         return None
+    return content if isinstance(content, dict) else None
 
 
 def _version(name: str) -> str | None:

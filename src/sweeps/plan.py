@@ -402,6 +402,10 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 def _read(kind: type[Any], item: Any) -> Any:
     if isinstance(item, kind):
         return item
+    for key in item if isinstance(item, Mapping) else ():
+        if key not in kind.__dataclass_fields__:
+            known = suggest(str(key), kind.__dataclass_fields__)
+            raise ConfigError(f"sweep, {kind.__name__.lower()} {dict(item)}: {key}: no such key; {known}")
     try:
         return TypeAdapter(kind).validate_python(item)
     except ValidationError as error:

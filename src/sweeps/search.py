@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from src.config import ConfigError
+from src.config import ConfigError, config_hash
 from src.reporting.registry import Run
 from src.reporting.results import lower_is_better
 from src.sweeps.jobs import Lock, is_finished
@@ -66,6 +66,14 @@ class Search:
         if not self.space:
             raise ConfigError("sweep.space: at least one key, as in {optimizer.lr: {low: 1e-4, high: 1e-2, log: true}}")
 
+    @property
+    def identity(self) -> str:
+        """Of what decides a trial's score: trials of another base, space or metric are those of another search.
+
+        How many there are, and how they are chosen and stopped, may change in its course.
+        """
+        return config_hash({"base": self.base, "overrides": self.overrides, "space": self.space, "metric": self.metric})
+
     def study(self, folder: Path) -> Any:
         """Optuna's, as the journal in a folder has it.
 
@@ -88,7 +96,7 @@ class Search:
         }
         study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
-            study_name=self.title,
+            study_name=self.identity,
             load_if_exists=True,
             direction="minimize" if lower_is_better(self.metric) else "maximize",
             pruner=pruners[self.pruner](),

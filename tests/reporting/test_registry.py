@@ -10,12 +10,13 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 
 from src.config import experiment_hash, to_plain
 from src.reporting import registry
 from src.reporting.csv_log import CSVLog
 from src.reporting.registry import Recorded, Run, find_runs, runs_table
-from tests.runs import ROOT, TINY, compose_run, tiny_run
+from tests.runs import ROOT, TINY, compose_run, results, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,35 @@ def test_a_row_that_was_cut_off_is_dropped(tmp_path):
 def test_a_run_that_starts_again_replaces_what_there_was(tmp_path):
     logged(tmp_path, (3, {"train/loss": 3.0}))
     assert logged(tmp_path, (0, {"train/loss": 9.0}))["train/loss"].tolist() == [9.0]
+
+
+@pytest.mark.parametrize("name", ["run.json", "results.json", "csv/metrics.csv"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[1, 2]", b"{", b"\xff\xfe\x00binary", b'{"metrics": null}', b'{"metrics": {"test/loss": "x"}}']
+)
+def test_a_file_that_is_not_what_was_written_is_no_crash(tmp_path, name, content):
+    """It tells nothing, and the run is not taken for finished."""
+    good = {"status": "finished", "started": "2026", "host": "x", "pid": 1}
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps(good))
+    (tmp_path / "results.json").write_text(json.dumps({"metrics": {"test/loss": 1.0}, "seconds": 2.0}))
+    (tmp_path / "csv" / "metrics.csv").write_text("step,val/loss\n0,1.0\n")
+    assert Run(tmp_path).status == "finished"
+    (tmp_path / name).write_bytes(content)
+    run = Run(tmp_path)
+    if name == "csv/metrics.csv":
+        assert run.curve("val/loss").empty
+    else:
+        assert run.status == "lost"
+        assert run.metrics == {} or name == "run.json"
+    assert len(runs_table([run])) == 1
+
+
+def test_a_resumed_run_counts_the_time_of_all_its_attempts(tmp_path):
+    tiny_run(tmp_path / "a", "callbacks.checkpoint.every_n_train_steps=2")
+    checkpoint = tmp_path / "a" / "checkpoints" / "step00000002.ckpt"
+    content = dict(torch.load(checkpoint, weights_only=True))
+    assert 0 < content["seconds"] < 60
+    torch.save(content | {"seconds": 1000.0}, tmp_path / "later.ckpt")
+    tiny_run(tmp_path / "b", f"ckpt_path={tmp_path / 'later.ckpt'}")
+    assert 1000 < results(tmp_path / "b")["seconds"] < 1060

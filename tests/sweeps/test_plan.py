@@ -209,6 +209,14 @@ def test_mistakes(changes, message):
         small(**changes).checked().jobs()
 
 
+def test_misspelt_keys_of_statements_are_not_dropped():
+    """Without "by" the statement would be a weaker one than was written."""
+    with pytest.raises(ConfigError, match="bye: no such key; did you mean 'by'"):
+        small(expect=[{"better": "AC", "than": "none", "bye": 0.1}])
+    with pytest.raises(ConfigError, match="budged: no such key; did you mean 'budget'"):
+        small(match={"budged": "parameters", "to": "none"})
+
+
 def test_a_scale_of_a_sweep_that_has_none():
     assert small().at("smoke") == small()
     with pytest.raises(ConfigError, match="scale=big: this sweep has no scales"):
@@ -237,7 +245,7 @@ def test_cost_is_arithmetic_until_something_was_measured(tmp_path: Path):
     folder = jobs[0].folder(tmp_path)
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"status": "finished", "host": "x", "pid": 1}))
-    (folder / "results.json").write_text(json.dumps({"config_hash": jobs[0].name, "seconds": 1234.0}))
+    (folder / "results.json").write_text(json.dumps({"config_hash": jobs[0].name, "seconds": 1234.0, "metrics": {}}))
     after = estimates(jobs, tmp_path)
     assert after[jobs[0].name] == 0
     same = [job for job in jobs[1:] if job.variant == jobs[0].variant]

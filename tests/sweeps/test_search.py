@@ -54,6 +54,19 @@ def test_a_search_ends_with_its_trials_and_finds_the_best(tmp_path: Path):
     assert {row["job"] for row in rows} == {path.name for path in (tmp_path / "jobs").iterdir()}
 
 
+def test_another_search_does_not_answer_with_the_trials_of_the_first(tmp_path: Path):
+    """The title and the folder are the same; what decides a score is not."""
+    import optuna
+
+    first = search()
+    first.study(tmp_path).add_trial(optuna.trial.create_trial(value=1.0))
+    assert len(search(trials=9, sampler="random").study(tmp_path).trials) == 1
+    others: list[dict] = [{"base": [*first.base, "size.dim=32"]}, {"overrides": ["trainer.max_steps=2"]}]
+    others += [{"metric": "val/accuracy"}, {"space": {"optimizer.lr": {"low": 1e-5, "high": 1e-2}}}]
+    for changes in others:
+        assert not search(**changes).study(tmp_path).trials, changes
+
+
 @pytest.mark.slow
 def test_a_hopeless_trial_is_stopped(tmp_path: Path):
     """A learning rate of nearly nothing, after four trials of another that have learnt."""
