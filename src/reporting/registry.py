@@ -183,6 +183,10 @@ def runs_table(runs: Iterable[Run]) -> pd.DataFrame:
                 "config_hash": run.record.get("config_hash"),
                 "commit": (run.record.get("git") or {}).get("commit"),
                 "data": (results.get("data") or {}).get("task") or (results.get("data") or {}).get("corpus"),
+                "mixer": _mixers(config.get("model") or {}),
+                "position": _class((config.get("position") or {}).get("_target_")),
+                "dim": (config.get("model") or {}).get("dim"),
+                "depth": (config.get("model") or {}).get("depth"),
                 "canon": config.get("canon", {}).get("positions"),
                 "seed": config.get("seed"),
                 "learning_rate": config.get("optimizer", {}).get("lr"),
@@ -191,6 +195,17 @@ def runs_table(runs: Iterable[Run]) -> pd.DataFrame:
             | run.metrics
         )
     return pd.DataFrame(rows)
+
+
+def _mixers(model: dict[str, Any]) -> str | None:
+    """Such as Attention, or GatedDeltaNet+Attention for a mixed stack."""
+    mixers = model.get("mixers") or {}
+    used = dict.fromkeys(_class((mixers.get(letter) or {}).get("_target_")) for letter in model.get("pattern") or "")
+    return "+".join(name for name in used if name) or None
+
+
+def _class(target: str | None) -> str | None:
+    return target.rpartition(".")[2] if target else None
 
 
 # What a run costs: numbers of results.json.

@@ -232,6 +232,12 @@ class Sweep:
         for task in self.metrics:
             if task not in self.tasks:
                 raise ConfigError(f"sweep.metrics: no task {task!r}; {suggest(task, self.tasks)}")
+        axes = {key for keys in self.axes for key in keys.split(",")}
+        for override in self.overrides:
+            if (key := override.partition("=")[0].lstrip("+~")) in axes:
+                raise ConfigError(
+                    f"overrides: {override} would do nothing, the axis {key} is stronger; give axes={{{key}: [...]}}"
+                )
         self._check_names()
         return self
 
@@ -283,7 +289,7 @@ class Sweep:
             except ConfigError as error:
                 raise ConfigError(f"{task}, {variant}, {settings}: {error}") from error
             if task not in tried:
-                self._check_metrics(task, job.config["data"])
+                check_measured([self.metric_of(task), self.selection_of(task)], job.config["data"], task)
             tried |= {task, variant}
             if job.name in found:
                 other = found[job.name]
@@ -293,20 +299,6 @@ class Sweep:
                 )
             found[job.name] = job
         return list(found.values())
-
-    def _check_metrics(self, task: str, data: dict[str, Any]) -> None:
-        """Before anything is paid for: the runs will measure what is to be compared."""
-        if "task" in data:
-            datamodule: TaskDataModule = instantiate(data, "data")
-            known = datamodule.evaluator("test").measures
-        else:
-            known = TextEvaluator.measures  # building the data might mean to tokenise a corpus
-        for metric in (self.metric_of(task), self.selection_of(task)):
-            split, _, name = metric.partition("/")
-            if split not in ("test", "val") or name not in known:
-                raise ConfigError(
-                    f"sweep.metric={metric}: not measured on {task}; there are: test/, val/ {', '.join(known)}"
-                )
 
     def _combinations(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Task, variant and the axes' values, all of the first seed before any of the second."""
@@ -365,6 +357,30 @@ class Sweep:
                 raise ConfigError(f"sweep.axes.{both.pop()}: sweep.match decides on it; leave out one of the two")
             known[name] = found
         return known[name]
+
+
+def check_measured(metrics: list[str], data: dict[str, Any], task: str) -> None:
+    """Before anything is paid for: the runs will measure what is to be compared.
+
+    Args:
+        metrics: such as test/accuracy.
+        data: the section of a run's configuration.
+        task: what it is called in the message.
+
+    Raises:
+        ConfigError: one is not measured on these data.
+    """
+    if "task" in data:
+        datamodule: TaskDataModule = instantiate(data, "data")
+        known = datamodule.evaluator("test").measures
+    else:
+        known = TextEvaluator.measures  # building the data might mean to tokenise a corpus
+    for metric in metrics:
+        split, _, name = metric.partition("/")
+        if split not in ("test", "val") or name not in known:
+            raise ConfigError(
+                f"sweep.metric={metric}: not measured on {task}; there are: test/, val/ {', '.join(known)}"
+            )
 
 
 def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[str], *, thorough: bool = True) -> Job:

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from src.config import ConfigError, config_hash
+from src.build import compose_config
+from src.config import ConfigError, config_hash, to_plain
 from src.reporting.registry import Run
 from src.reporting.results import lower_is_better
 from src.sweeps.jobs import Lock, is_finished
 from src.sweeps.local import POLL, Local, interruptible, launch, stop
-from src.sweeps.plan import Job, job_of
+from src.sweeps.plan import Job, check_measured, job_of
 
 JOB = "job"  # under which a trial's record names its job
 
@@ -122,6 +123,8 @@ class Search:
         Returns:
             Optuna's study.
         """
+        config = compose_config([*self.base, "compare=null", *self.overrides])
+        check_measured([self.metric], to_plain(config.data), "these data")
         study = self.study(folder)
         _take_up_what_was_cut_off(study)
         _Trials(self, study, launcher, root, told).run()

@@ -167,9 +167,9 @@ def test_a_finished_job_of_another_configuration_does_not_count(tmp_path):
     folder = job.folder(tmp_path)
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"status": "finished", "host": "x", "pid": 1}))
-    (folder / "results.json").write_text(json.dumps({"config_hash": "another"}))
+    (folder / "results.json").write_text(json.dumps({"config_hash": "another", "metrics": {}, "seconds": 1.0}))
     assert not is_finished(job, tmp_path)
-    (folder / "results.json").write_text(json.dumps({"config_hash": job.name}))
+    (folder / "results.json").write_text(json.dumps({"config_hash": job.name, "metrics": {}, "seconds": 1.0}))
     assert is_finished(job, tmp_path)
 
 

@@ -209,6 +209,11 @@ def test_mistakes(changes, message):
         small(**changes).checked().jobs()
 
 
+def test_an_override_that_an_axis_overrules_is_a_mistake():
+    with pytest.raises(ConfigError, match="overrides: seed=7 would do nothing, the axis seed is stronger"):
+        small(overrides=["seed=7"]).at("smoke")
+
+
 def test_misspelt_keys_of_statements_are_not_dropped():
     """Without "by" the statement would be a weaker one than was written."""
     with pytest.raises(ConfigError, match="bye: no such key; did you mean 'by'"):

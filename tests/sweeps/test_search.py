@@ -67,6 +67,12 @@ def test_another_search_does_not_answer_with_the_trials_of_the_first(tmp_path: P
         assert not search(**changes).study(tmp_path).trials, changes
 
 
+def test_a_metric_that_is_not_measured_is_found_before_any_trial(tmp_path: Path):
+    with pytest.raises(ConfigError, match="sweep.metric=val/nonsense: not measured"):
+        search(metric="val/nonsense").run(Local(threads=1), tmp_path, tmp_path / "jobs", lambda *_: pytest.fail("run"))
+    assert not (tmp_path / "optuna.journal").exists()
+
+
 @pytest.mark.slow
 def test_a_hopeless_trial_is_stopped(tmp_path: Path):
     """A learning rate of nearly nothing, after four trials of another that have learnt."""
