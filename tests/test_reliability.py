@@ -137,7 +137,10 @@ def test_killed_at_five_moments(tmp_path, corpus, data, model, strategy):
 # ---- stopped on request ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("strategy", "number"), [("one", signal.SIGUSR1), ("ddp", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("strategy", "number"),
+    [("one", signal.SIGUSR1), pytest.param("ddp", signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_a_signal_leaves_a_checkpoint_and_asks_to_be_started_again(tmp_path, strategy, number):
     options = [*(o for o in TINY if not o.startswith("trainer=")), *ON[strategy], "trainer.max_steps=200"]
     options += ["trainer.val_check_interval=100", "callbacks.checkpoint.every_n_train_steps=20"]

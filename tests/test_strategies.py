@@ -82,7 +82,7 @@ def test_every_strategy_writes_the_same_model(checkpoints):
         torch.testing.assert_close(net(ids), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("processes", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_a_run_goes_on_under_another_strategy_and_number_of_processes(checkpoints, processes, tmp_path):
     folder, straight = checkpoints
     fsdp = ["trainer=fsdp"]
