@@ -24,7 +24,8 @@ from lightning.fabric.plugins.io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from src.checkpoints.integrity import CHECKSUM, PART
+from src.checkpoints.integrity import CHECKSUM
+from src.files import part_of, write_text
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         OSError: it could not be written; nothing is left of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    part = part_of(path)
     checksum = path.with_name(path.name + CHECKSUM)
     try:
         with part.open("wb") as file:
@@ -151,7 +152,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         # The old checksum goes first: no file ever stands beside that of another, and one without any is verified by its own CRCs.
         checksum.unlink(missing_ok=True)
         os.replace(part, path)
-        _write_text(checksum, f"{hashed.digest}  {path.name}\n")
+        write_text(checksum, f"{hashed.digest}  {path.name}\n")
         _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
@@ -187,15 +188,6 @@ def _remove_files(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
     path.with_name(path.name + CHECKSUM).unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -32,6 +32,7 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from src.files import write_text
 from src.reporting.git import git_state
 
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "numba", "triton", "fla-core", "mamba-ssm", "causal-conv1d")
@@ -252,13 +253,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a file whole or not at all: a reader, or a crash, never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
