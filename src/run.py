@@ -86,7 +86,7 @@ def _run(
     check_steps(datamodule, plain["trainer"]["max_steps"])
     net = build_net(plain, datamodule, deferred=may_be_deferred(plain["model"], trainer.strategy))
     if checkpoint is not None:
-        opened = read_checkpoint(checkpoint, tensors=False)
+        opened = read_checkpoint(checkpoint, tensors="none")
         check_same_data(opened, datamodule.fingerprint(), checkpoint)
         check_same_model(opened, plain["model"], checkpoint)
         if plain["train"]:

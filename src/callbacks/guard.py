@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from src.checkpoints.integrity import newest_whole
+from src.checkpoints.files import newest_whole
 from src.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,6 @@ class Guard(Callback):
         self.leave_out: set[int] = set()
         self.skipped: list[int] = []
         self._batches: list[Any] = []
-        self._losses: list[Tensor] = []
 
     # ---- what a step brings ----------------------------------------------------------------------------------------
 
@@ -99,7 +98,7 @@ class Guard(Callback):
             self._batches.clear()
         self._batches.append(batch)
 
-    def before_update(self, trainer: Any, module: Any, optimizer: Any, loss: Tensor, norm: Tensor) -> None:
+    def before_update(self, trainer: Any, optimizer: Any, loss: Tensor, norm: Tensor) -> None:
         """Called by the module with the step's loss (this process's share) and its gradient's norm, before the update.
 
         Raises:
@@ -114,7 +113,7 @@ class Guard(Callback):
         found = {"loss": float(loss), "grad_norm": float(norm)}
         strange = [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]
         if strange:
-            self._object(trainer, module, optimizer, step, found, self.nonfinite, f"{' and '.join(strange)}")
+            self._object(trainer, optimizer, step, found, self.nonfinite, f"{' and '.join(strange)}")
             return
         strange = [
             f"{name} {value:.4g} after {_mean(self.history[name]):.4g}"
@@ -122,7 +121,7 @@ class Guard(Callback):
             if self.spike is not None and self._is_spike(name, value)
         ]
         if strange:
-            self._object(trainer, module, optimizer, step, found, str(self.spike), f"{' and '.join(strange)}")
+            self._object(trainer, optimizer, step, found, str(self.spike), f"{' and '.join(strange)}")
             return
         for name, value in found.items():
             self.history[name].append(value)
@@ -138,9 +137,7 @@ class Guard(Callback):
 
     # ---- what is done about it -------------------------------------------------------------------------------------
 
-    def _object(
-        self, trainer: Any, module: Any, optimizer: Any, step: int, found: dict[str, float], action: str, why: str
-    ) -> None:
+    def _object(self, trainer: Any, optimizer: Any, step: int, found: dict[str, float], action: str, why: str) -> None:
         kept = self._keep(trainer, step, found)
         if action == "warn":
             log.warning(f"step {step}: {why}; its batch is kept in {kept}")
@@ -149,7 +146,7 @@ class Guard(Callback):
             self._skip(step, optimizer, why)
         else:
             whole = newest_whole(self.folder / "checkpoints", below=step) if trainer.is_global_zero else None
-            path = trainer.strategy.broadcast(None if whole is None else str(whole.path))
+            path = trainer.strategy.broadcast(None if whole is None else str(whole))
             if action == "rollback" and path is not None:
                 wanted = self.leave_out | set(range(step - self.margin, step + self.margin + 1))
                 if len(wanted) <= self.limit:

@@ -17,7 +17,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from src.checkpoints.files import CheckpointError, find_checkpoint, read_checkpoint
+from src.checkpoints.files import CheckpointError, find_checkpoint, problem_of, read_checkpoint
 from src.checkpoints.integrity import by_age, damage
 from src.checkpoints.io import write_checkpoint
 from src.checkpoints.sharded import describe, is_sharded, write_shards
@@ -26,7 +26,7 @@ from src.checkpoints.sharded import describe, is_sharded, write_shards
 def inspect(path: Path) -> int:
     """Prints what a checkpoint holds; reads no tensors of shards."""
     found = find_checkpoint(path)
-    checkpoint = read_checkpoint(found, tensors=False)
+    checkpoint = read_checkpoint(found, tensors="none")
     config = checkpoint["config"]
     rows: dict[str, Any] = {
         "file": found,
@@ -59,13 +59,10 @@ def verify(paths: list[Path]) -> int:
     broken = 0
     for path in paths:
         for checkpoint in _all(path):
-            problem = damage(checkpoint)
-            try:
-                step = None if problem else read_checkpoint(checkpoint, tensors=False)["global_step"]
-            except CheckpointError as error:
-                problem, step = str(error), None
+            problem = problem_of(checkpoint)
             broken += problem is not None
-            print(f"{'damaged' if problem else 'whole':<8} {checkpoint}  {problem or f'step {step:,}'}")
+            told = problem or f"step {read_checkpoint(checkpoint, tensors='none')['global_step']:,}"
+            print(f"{'damaged' if problem else 'whole':<8} {checkpoint}  {told}")
     return int(broken > 0)
 
 
@@ -73,7 +70,7 @@ def _all(path: Path) -> list[Path]:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folder.is_dir() or is_sharded(folder):
         return [find_checkpoint(path)]
-    found = [checkpoint.path for checkpoint in by_age(folder)]
+    found = by_age(folder)
     if (final := folder / "final.ckpt").exists():
         found.append(final)
     if not found:

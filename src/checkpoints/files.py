@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from src.build import model_from_config
-from src.checkpoints.integrity import CHECKPOINT_FORMAT, by_age, damage
+from src.checkpoints.integrity import CHECKPOINT_FORMAT, PREFIX, by_age, damage, step_of
 from src.checkpoints.sharded import META, is_sharded, read_metadata, read_shards
 from src.components.backbone import Backbone
 from src.config import ConfigError
 
-PREFIX = "net."
 _REPEAT = "Repeat that run's own overrides; its folder keeps them in .hydra/overrides.yaml"
 
 log = logging.getLogger(__name__)
+
+Tensors = Literal["all", "model", "none"]
 
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message says which file and why."""
 
 
-def read_checkpoint(path: str | Path, *, tensors: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, tensors: Tensors = "all") -> dict[str, Any]:
     """Opens a checkpoint that a run wrote.
 
     Args:
         path: a file, a folder of shards, or the folder of a run (see ``find_checkpoint``).
-        tensors: False leaves weights and optimizer states of shards unread.
+        tensors: what of shards is read: ``all``, the ``model`` without the optimizer, or ``none``. (A file is mapped, not read.)
 
     Returns:
         ``state_dict``, ``config`` (the run's resolved configuration), ``global_step``, optimizer and loop states.
@@ -39,15 +40,18 @@ def read_checkpoint(path: str | Path, *, tensors: bool = True) -> dict[str, Any]
     Raises:
         CheckpointError: for files that do not exist, are damaged, hold pickled objects, or were not written by this project.
     """
-    path = find_checkpoint(Path(path))
+    return _opened(find_checkpoint(Path(path)), tensors)
+
+
+def _opened(path: Path, tensors: Tensors) -> dict[str, Any]:
     try:
-        if is_sharded(path):
-            read_metadata(path)
-            checkpoint = (
-                read_shards(path) if tensors else torch.load(path / META, weights_only=True) | {"state_dict": {}}
-            )
-        else:
+        if not is_sharded(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        elif tensors == "none":
+            read_metadata(path)
+            checkpoint = torch.load(path / META, weights_only=True) | {"state_dict": {}}
+        else:
+            checkpoint = read_shards(path, optimizer=tensors == "all")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         reason = "it is not a checkpoint" if "mmap can only be used" in reason else reason
@@ -59,6 +63,38 @@ def read_checkpoint(path: str | Path, *, tensors: bool = True) -> dict[str, Any]
             f"{path} has checkpoint format {checkpoint.get('format')!r}; this version reads {CHECKPOINT_FORMAT}"
         )
     return checkpoint
+
+
+def problem_of(path: Path) -> str | None:
+    """Why nothing can go on from a checkpoint, in words: its bytes have changed, or they are none of this project's. None if it can."""
+    found = damage(path)
+    if found is not None:
+        return found
+    try:
+        _opened(path, "none")
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def first_whole(candidates: Iterable[Path]) -> Path | None:
+    """The first that one can go on from; each that is passed over is reported."""
+    for path in candidates:
+        problem = problem_of(path)
+        if problem is None:
+            return path
+        log.warning(f"checkpoint {path} is damaged: {problem}; the one before it is taken")
+    return None
+
+
+def newest_whole(folder: Path, below: int | None = None) -> Path | None:
+    """The newest numbered checkpoint that one can go on from.
+
+    Args:
+        folder: a run's ``checkpoints``.
+        below: only of steps before this one.
+    """
+    return first_whole(path for path in by_age(folder) if below is None or step_of(path) < below)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -74,13 +110,10 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        candidates = [folder / "final.ckpt", *(found.path for found in by_age(folder)), folder / "last.ckpt"]
+        candidates = [folder / "final.ckpt", *by_age(folder), folder / "last.ckpt"]
         there = [candidate for candidate in candidates if candidate.exists()]
-        for candidate in there:
-            problem = damage(candidate)
-            if problem is None:
-                return candidate
-            log.warning(f"checkpoint {candidate} is damaged: {problem}; the one before it is taken")
+        if (whole := first_whole(there)) is not None:
+            return whole
         found = sorted(str(file.relative_to(path)) for file in path.rglob("*.ckpt"))[:5]
         if there:
             raise CheckpointError(f"ckpt_path={path}: every checkpoint in it is damaged: {', '.join(found)}")
@@ -108,10 +141,12 @@ def to_resume(path: str | None, output_dir: Path) -> Path | None:
         folder = output_dir / "checkpoints"
         return find_checkpoint(output_dir) if folder.is_dir() and any(folder.glob("*.ckpt")) else None
     found = find_checkpoint(Path(path))
-    problem = damage(found)
+    if found != Path(path):  # a folder, in which a whole one has been looked for
+        return found
+    problem = problem_of(found)
     if problem is not None:
-        others = [str(other.path) for other in by_age(found.parent) if other.path.resolve() != found.resolve()]
-        whole = next((other for other in others if damage(Path(other)) is None), None)
+        others = (other for other in by_age(found.parent) if other.resolve() != found.resolve())
+        whole = next((other for other in others if problem_of(other) is None), None)
         advice = f"the newest whole one beside it is {whole}" if whole else "there is no whole one beside it"
         raise CheckpointError(f"ckpt_path={found} is damaged: {problem}; {advice}")
     return found
@@ -127,7 +162,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Backbone
     Returns:
         The model, ``ids [B, T] int64 -> logits [B, T, V]``.
     """
-    return model_from_checkpoint(read_checkpoint(path)).to(device).eval()
+    return model_from_checkpoint(read_checkpoint(path, tensors="model")).to(device).eval()
 
 
 def model_from_checkpoint(checkpoint: dict[str, Any]) -> Backbone:

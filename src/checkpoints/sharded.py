@@ -15,6 +15,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from src.checkpoints.integrity import PART, SUMS, sha256
+from src.build import model_from_config
+from src.checkpoints.integrity import PREFIX, SUMS, sha256
+from src.checkpoints.optimizer_state import named, numbered
+from src.config import instantiate
+from src.files import PART
 
 METADATA, META = ".metadata", "meta.pt"
 WEIGHTS, OPTIMIZER = "state_dict", "optimizer_"  # DCP's keys, as Lightning names them
@@ -58,9 +63,7 @@ class _Descriptions(pickle.Unpickler):
 
 
 def _named(module: str, name: str) -> Any:
-    import importlib
-
-    return getattr(importlib.import_module(module), name, None)
+    return getattr(import_module(module), name, None)
 
 
 def read_metadata(folder: Path) -> Any:
@@ -77,18 +80,16 @@ def read_metadata(folder: Path) -> Any:
             raise pickle.UnpicklingError(f"{METADATA} cannot be read: {error}") from error
 
 
-def read_shards(folder: Path, *, weights_only_of_model: bool = False) -> dict[str, Any]:
+def read_shards(folder: Path, *, optimizer: bool = True) -> dict[str, Any]:
     """A folder of shards as the single file that the same run would have written, in memory.
 
     Args:
         folder: of the shards.
-        weights_only_of_model: leave the optimizer's state out.
+        optimizer: its state too, twice as large as the weights.
     """
-    from src.modules.strategies import numbered
-
     names = read_metadata(folder).state_dict_metadata
     prefixes = {name.partition(".")[0] for name in names}
-    keys = {p for p in prefixes if p == WEIGHTS or not weights_only_of_model}
+    keys = {p for p in prefixes if p == WEIGHTS or optimizer}
     state: dict[str, Any] = {}
     _load_state_dict(
         state,
@@ -129,18 +130,10 @@ def by_name(optimizer: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, 
 
     The model is built on the meta device to learn them.
     """
-    from src.build import model_from_config
-    from src.checkpoints.files import PREFIX
-    from src.config import instantiate
-    from src.modules.strategies import named
-
     config = checkpoint["config"]
     net = model_from_config(config["model"], device="meta")
-    holder = torch.nn.Module()
-    holder.net = net
-    assert PREFIX == "net."
     built = instantiate(config["optimizer"] | {"fused": False}, "optimizer")(net.named_parameters())
-    return named(optimizer, holder, built)
+    return named(optimizer, ((PREFIX + name, parameter) for name, parameter in net.named_parameters()), built)
 
 
 def checksums(folder: Path, names: list[str]) -> str:

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -29,9 +26,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
-from src.checkpoints.integrity import PART, SUMS
+from src.checkpoints.integrity import SUMS
+from src.checkpoints.optimizer_state import named, numbered
 from src.checkpoints.sharded import META, METADATA, checksums
 from src.config import ConfigError
+from src.files import PART
 
 TIMEOUT_MINUTES = 30.0
 
@@ -155,26 +154,7 @@ class Fsdp2(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=True, strict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
-            set_optimizer_state_dict(self.model, optimizer, named(state, self.model, optimizer), options=options)
+            set_optimizer_state_dict(
+                self.model, optimizer, named(state, self.model.named_parameters(), optimizer), options=options
+            )
         return checkpoint
-
-
-def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's state keyed by parameter name, keyed by number as ``Optimizer.state_dict`` does."""
-    number = {name: i for i, name in enumerate(chain.from_iterable(g["params"] for g in state["param_groups"]))}
-    groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": {number[name]: value for name, value in state["state"].items()}, "param_groups": groups}
-
-
-def named(state: Mapping[str, Any], model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The inverse of ``numbered``, for an optimizer of this model."""
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = [[name_of[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    flat = list(chain.from_iterable(names))
-    groups = [group | {"params": own} for group, own in zip(state["param_groups"], names, strict=True)]
-    return {"state": {flat[int(i)]: _copied(value) for i, value in state["state"].items()}, "param_groups": groups}
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    # What is read from a mapped file must not be what the optimizer then updates.
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from src.checkpoints.integrity import newest_whole
+from src.checkpoints.files import newest_whole
+from src.checkpoints.integrity import step_of
 from src.reporting.registry import FINISHED, Run
 from src.sweeps.plan import Job
 
@@ -79,7 +80,7 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
     command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, f"hydra.run.dir={folder}"]
     checkpoint = newest_whole(folder / "checkpoints", below=job.config["trainer"]["max_steps"])
     if checkpoint is not None:
-        return Start([*command, f"ckpt_path={checkpoint.path}"], checkpoint.step)
+        return Start([*command, f"ckpt_path={checkpoint}"], step_of(checkpoint))
     if tidy and any((folder / "checkpoints").glob("*.ckpt")):
         # Nothing in there can be gone on from: training had ended, or the files are not whole. A new run wants a folder without them.
         _set_aside(folder / "checkpoints")

@@ -10,8 +10,8 @@ import torch
 
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.checkpoints.__main__ import main
-from src.checkpoints.files import find_checkpoint, to_resume
-from src.checkpoints.integrity import damage, newest_whole
+from src.checkpoints.files import find_checkpoint, newest_whole, problem_of, to_resume
+from src.checkpoints.integrity import damage
 from src.checkpoints.sharded import read_metadata
 from src.evaluate import evaluate
 from tests.runs import main as main_of
@@ -55,6 +55,23 @@ def foreign(path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, path)
 
 
+def foreign_without_checksum(path: Path) -> None:
+    """Whole, and none of this project's."""
+    foreign(path)
+    path.with_name(path.name + ".sha256").unlink()
+
+
+def encrypted(path: Path) -> None:
+    """As far as one bit of every entry in its directory says."""
+    content = bytearray(path.read_bytes())
+    start = 0
+    while (start := content.find(b"PK\x01\x02", start)) >= 0:
+        content[start + 8] |= 1
+        start += 4
+    path.write_bytes(content)
+    path.with_name(path.name + ".sha256").unlink()
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -65,12 +82,15 @@ def half_written(path: Path) -> None:
     path.with_name(path.name + ".sha256").unlink()
 
 
-@pytest.mark.parametrize("harm", [truncated, flipped, flipped_without_checksum, foreign, empty])
+@pytest.mark.parametrize(
+    "harm", [truncated, flipped, flipped_without_checksum, foreign, foreign_without_checksum, encrypted, empty]
+)
 def test_the_one_before_a_damaged_checkpoint_is_taken(run, harm, caplog):
     newest = run / "checkpoints" / "step00000004.ckpt"
     assert damage(newest) is None
     harm(newest)
-    assert damage(newest) is not None
+    assert problem_of(newest) is not None
+    assert damage(newest) is not None or harm is foreign_without_checksum
     found = to_resume("auto", run)
     assert found is not None
     assert found.name == "step00000003.ckpt"
@@ -83,6 +103,20 @@ def test_the_one_before_a_damaged_checkpoint_is_taken(run, harm, caplog):
     metrics = tiny_run(run, *EVERY, "trainer.max_steps=5", "ckpt_path=auto")
     assert metrics["test/loss"] > 0
     assert torch.load(run / "checkpoints" / "final.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_no_bit_of_the_directory_raises_anything(tmp_path):
+    """Without a checksum beside it, what a file says of itself is read before its CRCs can tell that it is wrong."""
+    content = FIXTURE.read_bytes()
+    path = tmp_path / "step00000001.ckpt"
+    start = content.rindex(b"PK\x01\x02")
+    found = []
+    for bit in range(8 * start, 8 * len(content), 3):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        found.append(problem_of(path))
+    assert sum(problem is not None for problem in found) > len(found) / 2  # the others are dates, and who made the file
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint(run):
