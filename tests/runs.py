@@ -131,3 +131,8 @@ def curve(folder: Path, column: str) -> list[float]:
     """A column of a run's metrics, in order of steps."""
     with (folder / "csv" / "metrics.csv").open() as file:
         return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
+
+
+def final(folder: Path) -> dict[str, Any]:
+    """A run's last checkpoint."""
+    return torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)

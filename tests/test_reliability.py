@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -22,14 +21,10 @@ from src.callbacks.guard import BadStep, Guard, replay
 from src.callbacks.preemption import REQUEUE, Preemption
 from src.checkpoints import load_model
 from src.modules.language_model import LanguageModel
-from tests.runs import ROOT, TINY, curve, free_port, results, same, tiny_run
+from tests.runs import ROOT, TINY, curve, final, free_port, results, same, tiny_run
 
 EVERY = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.save_top_k=2"]
 CLOCKS = ("train/tokens_per_second", "train/data_wait")
-
-
-def final(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)
 
 
 def metrics_of(folder: Path) -> list[dict[str, str]]:

@@ -1,6 +1,5 @@
 """What a whole run promises: resumes bit for bit, evaluates to the same numbers, says what went wrong."""
 
-import csv
 import gzip
 import json
 import shutil
@@ -18,18 +17,9 @@ from src.config import ConfigError
 from src.modules.schedules import Cosine
 from src.overrides import first_misspelt_key
 from src.train import train
-from tests.runs import TINY, command, main, results, same, tiny_run
+from tests.runs import TINY, command, curve, final, main, results, same, tiny_run
 
 CANON = "canon.positions=ABCD"
-
-
-def final(folder: Path):
-    return torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)
-
-
-def curve(folder: Path, column: str) -> list[float]:
-    with (folder / "csv" / "metrics.csv").open() as file:
-        return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
 
 
 @pytest.fixture(scope="module")

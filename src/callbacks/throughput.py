@@ -10,7 +10,6 @@ Evaluation and checkpointing are not counted.
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 
@@ -19,8 +18,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from src.modules.language_model import is_log_step
-
-log = logging.getLogger(__name__)
 
 # Dense 16-bit products with sums in 32 bits, operations per second, from the makers' data sheets (halved where sparsity is advertised).
 PEAKS = {

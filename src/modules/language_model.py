@@ -173,7 +173,7 @@ class LanguageModel(L.LightningModule):
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for callback in self.guards:
-            callback.before_update(self.trainer, self, optimizer, self._loss_of_step, norm)
+            callback.before_update(self.trainer, optimizer, self._loss_of_step, norm)
         if is_log_step(self.trainer, self.trainer.global_step + 1):
             self.log("train/grad_norm", norm)
             self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"]))

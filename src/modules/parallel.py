@@ -57,6 +57,4 @@ def may_be_deferred(model_config: dict[str, Any], strategy: Any) -> bool:
 
     Tied embeddings may not: two names for one tensor become two tensors on the way from the meta device.
     """
-    if not isinstance(strategy, Fsdp2):
-        return False
-    return not model_config.get("tie_embeddings", False)
+    return isinstance(strategy, Fsdp2) and not model_config.get("tie_embeddings", False)

@@ -8,17 +8,17 @@ from src.callbacks import throughput
 from src.callbacks.progress import Lines
 
 
+def two_ranks(**parts: Any) -> Any:
+    """What the callback asks of a trainer after its first step."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(accumulate_grad_batches=1, global_step=1, world_size=2, strategy=strategy, **parts)
+
+
 def test_tokens_per_second_by_a_fake_clock(monkeypatch):
     """Two batches of 8 x 16 tokens on each of two ranks, 3 s of training, 100 s of validation in between."""
     now, logged = [10.0], {}
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    trainer: Any = SimpleNamespace(
-        accumulate_grad_batches=1,
-        global_step=1,
-        log_every_n_steps=2,
-        world_size=2,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-    )
+    trainer = two_ranks(log_every_n_steps=2)
     module: Any = SimpleNamespace(log=lambda name, value, **_: logged.update({name: float(value)}))
     batch, callback = {"tokens": torch.zeros(8, 16)}, throughput.Throughput()
     callback.on_train_batch_start(trainer, module, batch, 0)
@@ -37,14 +37,7 @@ def test_utilisation_and_waiting_by_a_fake_clock(monkeypatch):
     """Of 10 s between two logs, 4 are spent waiting for the second batch; 3 x 50 operations a token, on two devices of 1,000 a second."""
     now, logged = [0.0], {}
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    trainer: Any = SimpleNamespace(
-        accumulate_grad_batches=1,
-        global_step=1,
-        log_every_n_steps=1,
-        world_size=2,
-        datamodule=SimpleNamespace(window=17),
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-    )
+    trainer = two_ranks(log_every_n_steps=1, datamodule=SimpleNamespace(window=17))
     net = SimpleNamespace(flops_per_token=lambda seq_len: {16: 50}[seq_len])
     module: Any = SimpleNamespace(log=lambda name, value, **_: logged.update({name: float(value)}), net=net)
     batch, callback = {"tokens": torch.zeros(4, 5)}, throughput.Throughput(peak=1000.0)
