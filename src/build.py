@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from src.components.backbone import Backbone
 from src.config import ConfigError, instantiate, to_plain
 from src.datamodules.base import StreamDataModule
+from src.datamodules.task import TaskDataModule
+from src.evaluation.evaluators import TextEvaluator
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
@@ -50,6 +52,17 @@ def _training_steps(data: DictConfig) -> int:
 
 # `${training_steps:${data}}` in YAML: optimizer steps until the training data end.
 OmegaConf.register_new_resolver("training_steps", _training_steps, replace=True)
+
+
+def measured_on(data: dict[str, Any]) -> tuple[str, ...]:
+    """Names, without val/ and test/, of all that an evaluation on these data may give.
+
+    ``data``: that section of a plain configuration.
+    """
+    if "task" not in data:
+        return TextEvaluator.measures  # building the data might mean to tokenise a corpus
+    datamodule: TaskDataModule = instantiate(data, "data")
+    return datamodule.evaluator("val").measures
 
 
 def build_model(overrides: list[str] | None = None, device: str | torch.device = "cpu") -> Backbone:

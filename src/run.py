@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from src.build import model_from_config
+from src.build import measured_on, model_from_config
 from src.callbacks.guard import Guard, RollBack
 from src.callbacks.heartbeat import RankLost, lost_rank
 from src.callbacks.preemption import Preempted, wait_for_files
@@ -31,6 +31,7 @@ from src.components.kernels.registry import forget_backends, used_backends
 from src.config import ConfigError, check, check_complete, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
+from src.evaluation.evaluators import lower_is_better
 from src.evaluation.statistics import intervals
 from src.modules.language_model import LanguageModel
 from src.modules.parallel import may_be_deferred
@@ -155,6 +156,7 @@ def checked(config: DictConfig) -> dict[str, Any]:
     check_settings(plain)
     for section in ("data", "optimizer", "scheduler", "loss", "trainer", "callbacks", "logger", "canon"):
         check(plain.get(section), section, {"callbacks", "logger"} if section == "trainer" else None)
+    check_watched(plain)
     net = model_from_config(plain["model"] | {"vocab_size": plain["model"]["vocab_size"] or 2}, device="meta")
     for section in ("loss", "scheduler"):
         instantiate(plain[section], section)
@@ -191,6 +193,26 @@ def check_settings(plain: dict[str, Any]) -> None:
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and clip <= 0:
         raise ConfigError(f"trainer.gradient_clip_val={clip}: positive, or null for no clipping")
+
+
+def check_watched(plain: dict[str, Any]) -> None:
+    """Raises a ConfigError when a run is to be judged, or a checkpoint chosen, by what is not measured on its data."""
+    if plain["optimized_metric"] is not None:
+        _check_measured("optimized_metric", plain["optimized_metric"], plain["data"], "val/", "test/")
+    for name, callback in (plain.get("callbacks") or {}).items():
+        metric = str((callback or {}).get("monitor"))
+        if metric in ("None", "step", "epoch") or metric.startswith("train/"):
+            continue
+        _check_measured(f"callbacks.{name}.monitor", metric, plain["data"], "val/")
+        mode, best = callback.get("mode", "min"), "min" if lower_is_better(metric) else "max"
+        if mode != best:
+            raise ConfigError(f"callbacks.{name}.mode={mode}: the best {metric} is the {best}")
+
+
+def _check_measured(key: str, metric: str, data: dict[str, Any], *splits: str) -> None:
+    known = [split + name for split in splits for name in measured_on(data)]
+    if metric not in known:
+        raise ConfigError(f"{key}={metric}: not measured in this run; {suggest(metric, known)}")
 
 
 def check_machine(plain: dict[str, Any]) -> None:

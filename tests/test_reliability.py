@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,29 @@ def exact(tmp_path: Path, data: list[str], model: str, strategy: str, kills: int
 
 def test_killed_and_resumed_is_the_straight_run(tmp_path):
     exact(tmp_path, TASK, "gdn", "one", kills=2, steps=60)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_killed_between_a_checkpoint_and_its_validation(tmp_path, step):
+    """What the killed run had still to measure, with the weights of this step and on all windows, the resumed one measures."""
+    options = [*EVERY, "callbacks.checkpoint.save_top_k=-1", "trainer.val_check_interval=1"]
+    tiny_run(tmp_path / "straight", *options)
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    for path in (tmp_path / "killed" / "checkpoints").iterdir():
+        if not path.name.startswith("step") or int(path.name[4:12]) > step:
+            path.unlink()
+    log = tmp_path / "killed" / "csv" / "metrics.csv"
+    with log.open() as file:
+        reader = csv.DictReader(file)
+        rows = [
+            row for row in reader if int(row["step"]) < step - 1 or (row["step"] == str(step - 1) and row["train/loss"])
+        ]
+    with log.open("w", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames or [])
+        writer.writeheader()
+        writer.writerows(rows)
+    tiny_run(tmp_path / "killed", *options, "ckpt_path=auto")
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def _all(path: Path) -> list[Path]:
     if not folder.is_dir() or is_sharded(folder):
         return [find_checkpoint(path)]
     found = by_age(folder)
+    found += sorted(folder.glob("best_*.ckpt"))
     if (final := folder / "final.ckpt").exists():
         found.append(final)
     if not found:

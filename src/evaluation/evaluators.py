@@ -14,6 +14,12 @@ from torchmetrics import Metric
 from src.components.backbone import Backbone
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric, by its name, is a loss."""
+    last = metric.rpartition("/")[2]
+    return last in ("loss", "bits_per_byte", "kl", "perplexity", "leaked") or last.endswith("_loss")
+
+
 class Evaluator(Metric):
     """Mean loss per target (nats) and share of targets predicted right.
 

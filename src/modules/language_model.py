@@ -270,8 +270,14 @@ class LanguageModel(L.LightningModule):
         every = trainer.val_check_interval
         due = isinstance(every, int) and (step + 1) * trainer.accumulate_grad_batches % every == 0
         missing = trainer.strategy.broadcast(bool(logs) and not any(logger.has(step, "val/loss") for logger in logs))
-        if due and missing and trainer.enable_validation:
+        # A callback that keeps the best checkpoint has forgotten what it was told after this one was written.
+        chosen = any(
+            str(getattr(callback, "monitor", None)).startswith("val/") for callback in trainer.checkpoint_callbacks
+        )
+        if due and (missing or chosen) and trainer.enable_validation:
             # Lightning takes a checkpoint before the validation of its step, and does not come back to it.
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False  # or it would leave out as many batches as an earlier validation had read
+            validation.run()
             trainer.training = True

@@ -28,6 +28,7 @@ from typing import Any
 
 import pandas as pd
 
+from src.evaluation.evaluators import lower_is_better
 from src.reporting.registry import COSTS, FINISHED, Run, write_json
 from src.reporting.statistics import Difference, Interval, difference, student_interval
 from src.sweeps.plan import Job, Statement, Sweep, is_repetition
@@ -254,12 +255,6 @@ def judge(found: Difference, by: float) -> tuple[str, str]:
     if found.clusters < SEEDS_NEEDED:
         return INCONCLUSIVE, f"{numbers}; fewer than {SEEDS_NEEDED} seeds"
     return (CONFIRMED if low >= by else CONTRADICTED if high < by else INCONCLUSIVE), numbers
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric, by its name, is a loss."""
-    last = metric.rpartition("/")[2]
-    return last in ("loss", "bits_per_byte", "kl", "perplexity", "leaked") or last.endswith("_loss")
 
 
 def _best(cells: list[Cell]) -> float:

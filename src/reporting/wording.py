@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from src.reporting.results import CONFIRMED, CONTRADICTED, INCONCLUSIVE, SweepResults, Verdict, lower_is_better
+from src.evaluation.evaluators import lower_is_better
+from src.reporting.results import CONFIRMED, CONTRADICTED, INCONCLUSIVE, SweepResults, Verdict
 
 NOTHING = "–"
 MEAN = "mean over seeds at the best learning rate"

@@ -33,11 +33,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from src.build import CONFIG_DIR, compose_config, swept_over
+from src.build import CONFIG_DIR, compose_config, measured_on, swept_over
 from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
-from src.datamodules.task import TaskDataModule
-from src.evaluation.evaluators import TextEvaluator
 from src.matching import match_model
 from src.overrides import first_misspelt_key
 from src.run import checked
@@ -370,11 +368,7 @@ def check_measured(metrics: list[str], data: dict[str, Any], task: str) -> None:
     Raises:
         ConfigError: one is not measured on these data.
     """
-    if "task" in data:
-        datamodule: TaskDataModule = instantiate(data, "data")
-        known = datamodule.evaluator("test").measures
-    else:
-        known = TextEvaluator.measures  # building the data might mean to tokenise a corpus
+    known = measured_on(data)
     for metric in metrics:
         split, _, name = metric.partition("/")
         if split not in ("test", "val") or name not in known:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from src.reporting.results import SweepResults, compare, find_sweeps, judge, lower_is_better, write_manifest
+from src.evaluation.evaluators import lower_is_better
+from src.reporting.results import SweepResults, compare, find_sweeps, judge, write_manifest
 from src.reporting.statistics import difference
 from src.sweeps.plan import Job, Statement, Sweep
 
