@@ -21,6 +21,7 @@ from src.modules.language_model import is_log_step
 
 # Dense 16-bit products with sums in 32 bits, operations per second, from the makers' data sheets (halved where sparsity is advertised).
 PEAKS = {
+    "GB200": 2.5e15,
     "B200": 2.25e15,
     "GH200": 989e12,
     "H200": 989e12,
@@ -41,8 +42,8 @@ def peak_flops(device: torch.device) -> float | None:
     """Of a CUDA device in 16-bit products, operations per second; None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if all(word in name for word in part.split())), None)
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())  # an RTX A4000 is no A40
+    return next((peak for name, peak in PEAKS.items() if words.issuperset(name.split())), None)
 
 
 class Throughput(Callback):

@@ -70,3 +70,20 @@ def test_lines_appear_only_where_metrics_are_fresh(capsys):
         lines.on_train_batch_end(trainer, trainer, None, None, step - 1)
     printed = capsys.readouterr().out.splitlines()
     assert printed == [f"step {step:>3}/100  loss 1.500" for step in (20, 40, 60, 80, 100)]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GB200", 2.5e15),
+        ("NVIDIA RTX A4000", None),
+    ],
+)
+def test_the_peak_of_a_device_by_its_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert throughput.peak_flops(torch.device("cuda")) == peak
