@@ -59,6 +59,8 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strategies")
     straight = ["model=gdn", "trainer.max_steps=8", "trainer.val_check_interval=4"]
     straight += ["callbacks.checkpoint.every_n_train_steps=4", "callbacks.checkpoint.save_top_k=-1"]
+    # Two groups of parameters: the order in which an optimizer numbers them is then not that of the module.
+    straight += ["optimizer.no_decay=['*norm*','*canon*']", "optimizer.weight_decay=0.3"]
     tiny_run(folder / "one", "canon.positions=AbCD", *straight)
     kinds = {
         "ddp": ["trainer=ddp"],
