@@ -276,10 +276,11 @@ def test_a_guard_gives_up(tmp_path, monkeypatch):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, caplog, asynchronous):
     """The third and fourth checkpoints find no room: training goes on, older ones stay, the last one is tried again."""
-    original, written = src.checkpoints.io.torch.save, []
+    original, written, there = src.checkpoints.io.torch.save, [], {}
 
     def save(checkpoint, file):
         written.append(checkpoint["global_step"])
+        there[written[-1]] = {path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")} - {"last.ckpt"}
         if checkpoint["global_step"] in (3, 4) and "optimizer_states" in checkpoint and len(written) < 5:
             file.write(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -291,6 +292,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, caplog, asynchronous):
     )
     tiny_run(tmp_path, *EVERY, plugin, "trainer.max_steps=6", "callbacks.checkpoint.save_top_k=2")
     assert caplog.text.count("no room for checkpoint") == 2
+    # Those before stay until one is whole again, although only two are to be kept.
+    assert there[4] == there[5] == {"step00000001.ckpt", "step00000002.ckpt"}
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert not any(name.endswith(".part") for name in names)
     assert {"step00000005.ckpt", "step00000006.ckpt", "final.ckpt"} <= names
