@@ -40,7 +40,11 @@ def compare(config: DictConfig) -> dict[str, dict[str, float]]:
     results = {}
     for number, (name, variant) in enumerate(configs.items(), start=1):
         log.info(f"[{number}/{len(configs)}] {name}")
-        results[name] = run(variant)
+        try:
+            results[name] = run(variant)
+        except SystemExit:
+            log.warning(f"the same command with hydra.run.dir={output_dir} ckpt_path=auto goes on")
+            raise
     summarise(config, output_dir, {name: Path(variant.paths.output_dir) for name, variant in configs.items()}, results)
     return results
 
@@ -49,9 +53,10 @@ def variants(config: DictConfig, output_dir: Path, base: list[str]) -> dict[str,
     """The configuration of every variant, by name: the command line's overrides ``base``, then the variant's own."""
     if not OmegaConf.is_dict(config.compare) or not config.compare:
         raise ConfigError("compare: a mapping from names to lists of overrides, such as {none: ['canon.positions=']}")
-    if config.ckpt_path is not None:
+    if config.ckpt_path not in (None, "auto"):
         raise ConfigError(
-            "ckpt_path: a comparison starts each variant afresh; resume one with compare=null and its overrides"
+            f"ckpt_path={config.ckpt_path}: a comparison goes on as a whole, with hydra.run.dir=<its folder> ckpt_path=auto; resume "
+            "one variant with compare=null and its overrides"
         )
     slugs = [slug(str(name)) for name in config.compare]
     if len(set(slugs)) < len(slugs):

@@ -30,6 +30,10 @@ class ConfigError(ValueError):
     """The user asked for something that does not exist or cannot be; the message says what would be valid."""
 
 
+class RunError(RuntimeError):
+    """Something that went wrong in a run and of which the message says all there is to know: shown without a traceback."""
+
+
 def to_plain(config: Any) -> Any:
     """Resolves a configuration to dicts, lists, strings, numbers and None."""
     return OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig | ListConfig) else config
@@ -114,7 +118,8 @@ def instantiate(config: Any, where: str = "", **arguments: Any) -> Any:
         if isinstance(cause, ConfigError):
             raise cause from error
         if isinstance(cause, ValueError | TypeError | OSError | ImportError | MisconfigurationException):
-            raise ConfigError(f"{where or config.get('_target_')}: {cause}") from error
+            said = where and str(cause).startswith(f"{where}.")  # it names its key by itself
+            raise ConfigError(str(cause) if said else f"{where or config.get('_target_')}: {cause}") from error
         raise
 
 

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.build import CONFIG_DIR, compose_config
 from src.components.kernels.registry import BackendUnavailableError
-from src.config import ConfigError
+from src.config import ConfigError, RunError
 from src.datamodules.corpora.errors import CorpusError
 from src.overrides import first_misspelt_key
 
@@ -39,7 +39,7 @@ _USERS_MISTAKES = (
 def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     """Runs ``job`` with the configuration that the command line asks for.
 
-    A mistake in the command line, or a ConfigError in the job, ends in one message on stderr and exit status 2;
+    A mistake in the command line, or a ConfigError in the job, ends in one message on stderr and exit status 2, a RunError in status 1;
     ``HYDRA_FULL_ERROR=1`` shows where it came from.
     """
 
@@ -52,6 +52,10 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             fail(str(error))
+        except RunError as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            fail(str(error), status=1)
         forget_other_ranks(before)
         return result
 
@@ -112,10 +116,10 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*")
 
 
-def fail(message: str) -> None:
-    """One message, exit status 2."""
+def fail(message: str, status: int = 2) -> None:
+    """One message, and the end."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def explain_overrides(config_name: str, overrides: list[str]) -> None:

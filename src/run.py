@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loops.fit_loop import _FitLoop as _LightningFitLoop
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from src.build import measured_on, model_from_config
 from src.callbacks.guard import Guard, RollBack
 from src.callbacks.heartbeat import RankLost, lost_rank
-from src.callbacks.preemption import Preempted, wait_for_files
+from src.callbacks.preemption import Preempted, at_once, wait_for_files
 from src.callbacks.throughput import Throughput
 from src.checkpoints.files import (
     check_same_data,
@@ -28,14 +30,15 @@ from src.checkpoints.files import (
 )
 from src.components.backbone import Backbone
 from src.components.kernels.registry import forget_backends, used_backends
-from src.config import ConfigError, check, check_complete, experiment_hash, instantiate, suggest, to_plain
+from src.config import ConfigError, RunError, check, check_complete, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.evaluation.evaluators import lower_is_better
 from src.evaluation.statistics import intervals
+from src.files import Lock
 from src.modules.language_model import LanguageModel
 from src.modules.parallel import may_be_deferred
-from src.reporting.registry import Recorded, peak_memory_bytes, write_json
+from src.reporting.registry import Recorded, Run, peak_memory_bytes, write_json
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +56,42 @@ def run(config: DictConfig) -> dict[str, float]:
     """
     plain = checked(config)
     check_machine(plain)
-    output_dir = Path(plain["paths"]["output_dir"])
-    resumed = to_resume(plain["ckpt_path"], output_dir)
-    checkpoint = None if resumed is None else str(resumed)
-    if plain["train"]:
-        refuse_foreign_checkpoints(output_dir, checkpoint)
-    identity = experiment_hash(plain)
+    output_dir, identity = Path(plain["paths"]["output_dir"]), experiment_hash(plain)
+    with at_once(), alone_in(output_dir):
+        if plain["ckpt_path"] == "auto" and (earlier := Run(output_dir)).is_finished(identity):
+            log.info(f"{output_dir}: this run has finished before, its results stand")
+            return earlier.metrics
+        resumed = to_resume(plain["ckpt_path"], output_dir)
+        checkpoint = None if resumed is None else str(resumed)
+        if plain["train"]:
+            refuse_foreign_checkpoints(output_dir, checkpoint)
+        return _recorded(plain, identity, output_dir, checkpoint)
+
+
+@contextmanager
+def alone_in(output_dir: Path) -> Iterator[None]:
+    """Holds the run's folder: two runs in it, such as one put back into a queue and one that still lives, would spoil each other's files.
+
+    Raises:
+        ConfigError: another process works in it.
+    """
+    lock = Lock(output_dir, "run.lock")
+    if rank_zero_only.rank == 0:
+        try:
+            free = lock.acquire(seconds=10)  # data workers of a run that was killed outlive it by a few seconds
+        except OSError:
+            free = True  # a file system without locks
+        if not free:
+            raise ConfigError(
+                f"hydra.run.dir={output_dir}: another process is at work in this folder; wait for it, or end it"
+            )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _recorded(plain: dict[str, Any], identity: str, output_dir: Path, checkpoint: str | None) -> dict[str, float]:
     with Recorded(output_dir, identity, checkpoint):
         leave_out: set[int] = set()
         while True:
@@ -91,14 +124,14 @@ def _run(
         check_same_data(opened, datamodule.fingerprint(), checkpoint)
         check_same_model(opened, plain["model"], checkpoint)
         if plain["train"]:
-            check_same_recipe(opened, plain, checkpoint)
+            check_same_recipe(opened, plain, checkpoint, own=_is_in(checkpoint, output_dir))
     module = build_module(plain, net, config_hash=identity)
     introduce(plain, net, datamodule, output_dir)
 
     started = time.perf_counter()
     if plain["train"]:
         fit(trainer, module, datamodule, checkpoint, output_dir)
-    metrics = dict(trainer.callback_metrics)
+    metrics: dict[str, Any] = dict(module.validated) if plain["train"] else {}
     if plain["test"]:
         weights = None if plain["train"] else checkpoint
         trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
@@ -119,13 +152,14 @@ def fit(
     """
     folder = output_dir / "checkpoints"
     try:
+        trainer.fit_loop.__class__ = _FitLoop
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except Preempted:
         raise
     except (RuntimeError, ConnectionError, EOFError) as error:
         # PyTorch says one or the other, depending on what it was waiting for when the process died.
         if datamodule.num_workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)):
-            raise RuntimeError(
+            raise RunError(
                 f"a DataLoader worker, a process that prepares batches, has died ({error}); out of memory is the usual reason. Go on "
                 "with ckpt_path=auto; data.num_workers=0 prepares batches in the training process"
             ) from error
@@ -136,13 +170,26 @@ def fit(
         raise
     except SystemExit:  # how Lightning ends after Ctrl-C
         kept = folder / "last.ckpt"
-        advice = f"go on with ckpt_path={kept}" if kept.exists() else "no checkpoint had been written yet"
+        advice = (
+            f"the newest checkpoint is {kept.resolve().name}" if kept.exists() else "no checkpoint had been written yet"
+        )
         log.warning(f"interrupted at step {trainer.global_step} of {trainer.max_steps}; {advice}")
         raise
-    trainer.save_checkpoint(folder / "final.ckpt")
+    # Under which step Lightning logs what follows; behind by one where a checkpoint of the last step was all that was left to do.
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+    if checkpoint is None or Path(checkpoint) != folder / "final.ckpt":
+        trainer.save_checkpoint(folder / "final.ckpt")
     wait_for_files(trainer)
     if getattr(trainer.strategy.checkpoint_io, "failed", None):
-        raise OSError(errno.ENOSPC, "no room for the final checkpoint; free some and go on with ckpt_path=auto")
+        raise RunError(f"no room for the final checkpoint in {folder}; free some and go on with ckpt_path=auto")
+
+
+class _FitLoop(_LightningFitLoop):
+    @property
+    def done(self) -> bool:
+        """Lightning's own leaves out the end of an epoch of which a checkpoint holds all steps, and with it a validation that is due."""
+        epoch: Any = self.epoch_progress.current
+        return super().done and epoch.processed >= epoch.started
 
 
 def checked(config: DictConfig) -> dict[str, Any]:
@@ -225,12 +272,16 @@ def check_machine(plain: dict[str, Any]) -> None:
 def refuse_foreign_checkpoints(output_dir: Path, checkpoint: str | None) -> None:
     """A run's folder holds the checkpoints of one run: refuses one that another has filled."""
     folder = (output_dir / "checkpoints").resolve()
-    resumed_here = checkpoint is not None and Path(checkpoint).resolve().parent == folder
+    resumed_here = checkpoint is not None and _is_in(checkpoint, output_dir)
     if rank_zero_only.rank == 0 and not resumed_here and any(folder.glob("*.ckpt")):
         raise ConfigError(
             f"{output_dir} holds the checkpoints of an earlier run; choose another hydra.run.dir, "
             "or go on with that run: ckpt_path=" + str(folder / "last.ckpt")
         )
+
+
+def _is_in(checkpoint: str, output_dir: Path) -> bool:
+    return Path(checkpoint).resolve().parent == (output_dir / "checkpoints").resolve()
 
 
 def check_cut(datamodule: StreamDataModule, trainer: L.Trainer) -> None:
@@ -347,7 +398,7 @@ def record(
         "seconds": round(seconds, 3),
         "torch": torch.__version__,
         "metrics": metrics,
-        "intervals": intervals(module.counts),
+        "intervals": intervals({name: pair for name, pair in module.counts.items() if name in metrics}),
         "chance": datamodule.chance(),
     }
     write_json(output_dir / "results.json", result)

@@ -121,12 +121,92 @@ def test_killed_and_resumed_is_the_straight_run(tmp_path):
     exact(tmp_path, TASK, "gdn", "one", kills=2, steps=60)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_stopped_twice_before_the_next_checkpoint(tmp_path, monkeypatch, accumulate):
+    """Going on from a checkpoint leaves it as it is: a second time, the same follows from it."""
+    options = [
+        "trainer.max_steps=6",
+        f"trainer.accumulate_grad_batches={accumulate}",
+        "callbacks.checkpoint.every_n_train_steps=2",
+    ]
+    options += ["trainer.val_check_interval=12"]
+    tiny_run(tmp_path / "straight", *options)
+    monkeypatch.setattr(LanguageModel, "training_step", stopping_at(accumulate * 3, LanguageModel.training_step))
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            tiny_run(tmp_path / "killed", *options, "ckpt_path=auto")
+    monkeypatch.undo()
+    tiny_run(tmp_path / "killed", *options, "ckpt_path=auto")
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    for folder in ("straight", "killed"):
+        kept = sorted(path.name for path in (tmp_path / folder / "checkpoints").glob("step*.ckpt"))
+        assert kept == ["step00000004.ckpt", "step00000006.ckpt"]
+
+
+def stopping_at(batch: int, original):
+    """A training step that fails in the last micro-batch of a step, when some of its gradients are there already."""
+
+    def step(self, data, batch_idx):
+        if batch_idx == batch - 1:
+            raise ZeroDivisionError
+        return original(self, data, batch_idx)
+
+    return step
+
+
+def test_killed_in_the_test(tmp_path, monkeypatch):
+    """Training is over: the same command tests, and writes down what the straight run does."""
+    options = [
+        "trainer.max_steps=5",
+        "trainer.val_check_interval=2",
+    ]  # the last validation is not that of the last step
+    tiny_run(tmp_path / "straight", *options)
+
+    def fails(self, batch, batch_idx):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(LanguageModel, "test_step", fails)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            tiny_run(tmp_path / "killed", *options, "ckpt_path=auto")
+    monkeypatch.undo()
+    tiny_run(tmp_path / "killed", *options, "ckpt_path=auto")
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    costs = {"tokens_per_second", "data_wait", "seconds", "peak_memory_bytes"}
+    a, b = (results(tmp_path / name) for name in ("straight", "killed"))
+    assert {k: v for k, v in a.items() if k not in costs} == {k: v for k, v in b.items() if k not in costs}
+    # Once more: it is done.
+    before = (tmp_path / "killed" / "results.json").stat().st_mtime_ns
+    assert tiny_run(tmp_path / "killed", *options, "ckpt_path=auto") == a["metrics"]
+    assert (tmp_path / "killed" / "results.json").stat().st_mtime_ns == before
+
+
+def test_killed_before_the_validation_of_the_last_step(tmp_path):
+    options = [*EVERY, "callbacks.checkpoint.save_top_k=-1", "trainer.max_steps=4", "trainer.val_check_interval=2"]
+    tiny_run(tmp_path / "straight", *options)
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    for name in ("checkpoints/final.ckpt", "results.json"):
+        (tmp_path / "killed" / name).unlink()
+    log = tmp_path / "killed" / "csv" / "metrics.csv"
+    rows = log.read_text().splitlines()
+    column = rows[0].split(",").index("step")
+    last = max(
+        i
+        for i, row in enumerate(rows[1:], 1)
+        if row.split(",")[column] == "3" and row.split(",")[rows[0].split(",").index("train/loss")]
+    )
+    log.write_text("\n".join(rows[: last + 1]) + "\n")
+    tiny_run(tmp_path / "killed", *options, "ckpt_path=auto")
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_killed_between_a_checkpoint_and_its_validation(tmp_path, step):
     """What the killed run had still to measure, with the weights of this step and on all windows, the resumed one measures."""
     options = [*EVERY, "callbacks.checkpoint.save_top_k=-1", "trainer.val_check_interval=1"]
     tiny_run(tmp_path / "straight", *options)
     shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    (tmp_path / "killed" / "results.json").unlink()
     for path in (tmp_path / "killed" / "checkpoints").iterdir():
         if not path.name.startswith("step") or int(path.name[4:12]) > step:
             path.unlink()

@@ -25,14 +25,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from src.checkpoints.files import newest_whole
-from src.config import ConfigError
+from src.config import ConfigError, RunError
 
 log = logging.getLogger(__name__)
 
 LEAST_HISTORY = 32  # steps, before which nothing is called a spike
 
 
-class BadStep(RuntimeError):
+class BadStep(RunError):
     """A step whose loss or gradient must not be used; the message says which, why, and how to go on."""
 
 

@@ -17,8 +17,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from src.config import RunError
 
-class RankLost(RuntimeError):
+
+class RankLost(RunError):
     """An exchange with another process has failed because that one is gone."""
 
     def __init__(self, rank: int, cause: BaseException):

@@ -1,10 +1,12 @@
 """Stops a run in time: at a signal, or before its wall time ends, it writes a checkpoint and exits with a status that asks for more.
 
-    SIGTERM, SIGUSR1      what SLURM, Kubernetes and cloud machines send before they end a process
-    wall time             ``max_minutes``, or the end of the SLURM job (SLURM_JOB_END_TIME), less ``margin_minutes``
+    SIGTERM, SIGUSR1      what SLURM, Kubernetes and cloud machines send before they end a process; exit status 75
+    SIGINT                Ctrl-C; exit status 130. A second one does not wait for the step to end
+    wall time             ``max_minutes``, or the end of the SLURM job (SLURM_JOB_END_TIME), less ``margin_minutes``; 75
 
 All processes of a run stop after the same optimizer step, whichever of them has heard of it: they agree once a step by a number
-that travels between CPUs (no device waits for it). ``ckpt_path=auto`` goes on at the very next step.
+that travels between CPUs (no device waits for it). ``ckpt_path=auto`` goes on at the very next step. Before and after training there is
+nothing to be saved, and a process stops at once (``at_once``).
 """
 
 from __future__ import annotations
@@ -14,13 +16,18 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
+
+from src.callbacks.checkpoints import Checkpoints
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+ASKED_BY_HAND = 130  # what shells make of Ctrl-C
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +35,29 @@ log = logging.getLogger(__name__)
 class Preempted(SystemExit):
     """The run has stopped on request, its state is on the disk."""
 
-    def __init__(self, message: str):
-        super().__init__(REQUEUE)
+    def __init__(self, message: str, status: int = REQUEUE):
+        super().__init__(status)
         self.message = message
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """While this lasts and no training says otherwise, SIGTERM and SIGUSR1 end the process where it is, with status 75."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, _: Any) -> None:
+    message = f"{signal.Signals(number).name}: stopped outside of training"
+    log.warning(message)
+    raise Preempted(message)
 
 
 class Preemption(Callback):
@@ -61,8 +88,14 @@ class Preemption(Callback):
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What comes now ends the test at once; Lightning's own answer to SIGTERM would be to end it as if it had passed."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, _leave)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,13 +110,11 @@ class Preemption(Callback):
         asked = self._asked()
         if asked is None:
             return
-        path = save_now(trainer, pl_module, outputs, batch, batch_idx)
-        message = f"{asked}: stopped after step {trainer.global_step} of {trainer.max_steps}"
-        message += (
-            f"; go on with ckpt_path={path}" if path else ", without a checkpoint (there is no checkpoint callback)"
-        )
+        path = save_now(trainer)
+        message = f"{asked}: stopped after step {trainer.global_step} of {trainer.max_steps}, "
+        message += f"which is kept in {path}" if path else "without a checkpoint (there is no checkpoint callback)"
         log.warning(message)
-        raise Preempted(message)
+        raise Preempted(message, ASKED_BY_HAND if asked == signal.SIGINT.name else REQUEUE)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives the signals back."""
@@ -97,6 +128,9 @@ class Preemption(Callback):
 
     def _note(self, number: int, _: Any) -> None:
         self.signal = number
+        if number == signal.SIGINT:
+            log.warning("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _asked(self) -> str | None:
         """Why all processes are to stop now, or None; the same answer on all of them."""
@@ -111,25 +145,21 @@ class Preemption(Callback):
         return signal.Signals(own).name if own > 0 else "the wall time ends"
 
 
-def save_now(trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> str | None:
+def save_now(trainer: L.Trainer) -> str | None:
     """Has the run's own checkpoint callback save this step, so that it also looks after the file later.
 
     Returns:
         The file, whole on the disk; None where there is no such callback.
     """
     callback = next(
-        (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor == "step"), None
+        (c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints) and c.monitor == "step"), None
     )
     if callback is None:
         return None
-    every, callback._every_n_train_steps = callback._every_n_train_steps, 1
-    try:
-        callback.on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-    finally:
-        callback._every_n_train_steps = every
+    path = callback.save_now(trainer)
     wait_for_files(trainer)
     trainer.strategy.barrier()
-    return callback._last_checkpoint_saved
+    return path
 
 
 def wait_for_files(trainer: Any) -> None:

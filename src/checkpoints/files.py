@@ -186,14 +186,18 @@ def check_same_model(checkpoint: dict[str, Any], model_config: dict[str, Any], p
     )
 
 
-def check_same_recipe(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path) -> None:
+def check_same_recipe(
+    checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path, *, own: bool = False
+) -> None:
     """Raises a CheckpointError when a run could not be *continued* as configured: another optimizer, schedule, loss or batch.
 
     The optimizer's state holds its own settings, and the place in the data is step x batch size: both would silently win over
     the command line. Only the number of steps may change, and that is said.
+
+    ``own``: it is in the run's own folder. There one of the very last step is no mistake: the run was stopped in its test.
     """
     step, last = checkpoint["global_step"], plain["trainer"]["max_steps"]
-    if step >= last:
+    if step > last or (step == last and not own):
         raise CheckpointError(
             f"ckpt_path={path} is at step {step}, and trainer.max_steps={last}: nothing is left to train. "
             "Raise trainer.max_steps, or test it with train=false"

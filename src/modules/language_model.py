@@ -76,10 +76,13 @@ class LanguageModel(L.LightningModule):
         self.evaluators = nn.ModuleDict()
         # Right and total answers of the latest evaluation, by metric: what intervals are made of.
         self.counts: dict[str, tuple[int, int]] = {}
+        # What the latest validation has found; a resumed run may have ended before the next.
+        self.validated: dict[str, float] = {}
         self._configured = False
         self._step_metrics: list[dict[str, Tensor]] = []
         self._loss_of_step = torch.zeros(())
         self._unwritten: tuple[int, dict[str, float]] = (-1, {})
+        self._epoch = 0
         # Wall time that earlier attempts had taken up to the checkpoint that this one goes on from.
         self.seconds_before, self._since = 0.0, time.perf_counter()
         self._routed: list[Any] = [module for module in net.modules() if hasattr(module, "auxiliary_loss")]
@@ -207,7 +210,10 @@ class LanguageModel(L.LightningModule):
         evaluator = self._evaluator(split)
         with self.trainer.precision_plugin.forward_context():
             evaluator.examine(self.net, count=self.trainer.is_global_zero)
-        for name, value in evaluator.compute().items():
+        found = evaluator.compute()
+        if split == "val":
+            self.validated = {f"val/{name}": float(value) for name, value in found.items()}
+        for name, value in found.items():
             # The evaluator has already summed over ranks; sync_dist only tells Lightning that we know.
             shown = name in ("loss", "accuracy", "bits_per_byte")
             self.log(f"{split}/{name}", value.float(), prog_bar=shown, sync_dist=True)
@@ -235,6 +241,8 @@ class LanguageModel(L.LightningModule):
         checkpoint["config"] = self.config
         checkpoint["data"] = datamodule.fingerprint() if datamodule is not None else None
         checkpoint["pending_metrics"] = self._pending_metrics()
+        counts = {name: pair for name, pair in self.counts.items() if name.startswith("val/")}
+        checkpoint["validated"] = {"metrics": self.validated, "counts": counts}
         checkpoint["seconds"] = self.seconds_before + time.perf_counter() - self._since
 
     def _pending_metrics(self) -> dict[str, float]:
@@ -252,7 +260,10 @@ class LanguageModel(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remembers what the last step before has logged."""
         self._unwritten = (checkpoint["global_step"] - 1, checkpoint.get("pending_metrics") or {})
+        self._epoch = checkpoint["epoch"]
         self.seconds_before = checkpoint.get("seconds", 0.0)
+        validated = checkpoint.get("validated") or {"metrics": {}, "counts": {}}
+        self.validated, self.counts = dict(validated["metrics"]), dict(validated["counts"])
 
     def on_train_start(self) -> None:
         """Makes up for what the last step before had still to do when its checkpoint was written: log, and validate if that was due.
@@ -266,7 +277,7 @@ class LanguageModel(L.LightningModule):
             return
         for logger in logs if metrics else []:
             if not logger.has(step, "train/loss"):
-                logger.log_metrics(metrics | {"epoch": trainer.current_epoch}, step=step)
+                logger.log_metrics(metrics | {"epoch": self._epoch}, step=step)
         every = trainer.val_check_interval
         due = isinstance(every, int) and (step + 1) * trainer.accumulate_grad_batches % every == 0
         missing = trainer.strategy.broadcast(bool(logs) and not any(logger.has(step, "val/loss") for logger in logs))
@@ -279,5 +290,9 @@ class LanguageModel(L.LightningModule):
             trainer.validating = True
             validation = trainer.fit_loop.epoch_loop.val_loop
             validation.restarting = False  # or it would leave out as many batches as an earlier validation had read
+            # After the last step of all Lightning has already moved on to another epoch; what is logged belongs to that of the step.
+            epoch = trainer.fit_loop.epoch_progress.current
+            epoch.completed, now = self._epoch, epoch.completed
             validation.run()
+            epoch.completed = now
             trainer.training = True

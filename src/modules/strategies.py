@@ -35,6 +35,12 @@ from src.files import PART
 TIMEOUT_MINUTES = 30.0
 
 
+def _timeout(minutes: float) -> timedelta:
+    if minutes <= 0:
+        raise ConfigError(f"trainer.strategy.timeout_minutes={minutes}: positive")
+    return timedelta(minutes=minutes)
+
+
 class Ddp(DDPStrategy):
     """Data parallelism: every process has the whole model, gradients are averaged.
 
@@ -44,7 +50,7 @@ class Ddp(DDPStrategy):
     """
 
     def __init__(self, timeout_minutes: float = TIMEOUT_MINUTES):
-        super().__init__(gradient_as_bucket_view=True, timeout=timedelta(minutes=timeout_minutes))
+        super().__init__(gradient_as_bucket_view=True, timeout=_timeout(timeout_minutes))
 
 
 class Fsdp2(ModelParallelStrategy):
@@ -78,7 +84,7 @@ class Fsdp2(ModelParallelStrategy):
             data_parallel_size="auto",
             tensor_parallel_size=1,
             save_distributed_checkpoint=sharded_checkpoints,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=_timeout(timeout_minutes),
         )
         self.replicas, self.tensor_parallel = replicas, tensor_parallel
         self.tensor_group: Any = None

@@ -139,6 +139,10 @@ class Run:
             return LOST
         return FINISHED if status == FINISHED and self.results else LOST if status == FINISHED else status
 
+    def is_finished(self, config_hash: str) -> bool:
+        """Whether a run of exactly this configuration has ended well here."""
+        return self.status == FINISHED and self.results.get("config_hash") == config_hash
+
     @property
     def metrics(self) -> dict[str, float]:
         """Final metrics, ``test/accuracy`` and so on."""

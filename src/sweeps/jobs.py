@@ -7,52 +7,16 @@ waits for them instead of starting them again. Several sweeps may share the work
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from src.checkpoints.files import newest_whole
 from src.checkpoints.integrity import step_of
-from src.reporting.registry import FINISHED, Run
+from src.reporting.registry import Run
 from src.sweeps.plan import Job
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Lock:
-    """An exclusive lock on a job's folder; released by ``release``, and by the end of every process that has inherited it."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "job.lock"
-        self._file: int | None = None
-
-    def acquire(self) -> bool:
-        """Takes the lock unless somebody else has it."""
-        if self._file is not None:
-            return True
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            return False
-        self._file = descriptor
-        return True
-
-    @property
-    def descriptor(self) -> int:
-        """The open file that a child process has to inherit to hold the lock too."""
-        assert self._file is not None, "not acquired"
-        return self._file
-
-    def release(self) -> None:
-        """Gives this process's share of the lock back."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
 
 
 class Start(NamedTuple):
@@ -64,8 +28,7 @@ class Start(NamedTuple):
 
 def is_finished(job: Job, root: Path) -> bool:
     """Whether a run of exactly this configuration has ended well."""
-    run = Run(job.folder(root))
-    return run.status == FINISHED and run.results.get("config_hash") == job.name
+    return Run(job.folder(root)).is_finished(job.name)
 
 
 def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:

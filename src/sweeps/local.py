@@ -16,7 +16,8 @@ import torch
 
 from src.callbacks.preemption import REQUEUE
 from src.config import ConfigError
-from src.sweeps.jobs import ROOT, Lock, is_finished, start_of
+from src.files import Lock
+from src.sweeps.jobs import ROOT, is_finished, start_of
 from src.sweeps.plan import Job
 
 POLL = 0.2  # seconds

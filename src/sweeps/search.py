@@ -18,8 +18,9 @@ from typing import Any, Literal
 from src.build import compose_config
 from src.config import ConfigError, config_hash, to_plain
 from src.evaluation.evaluators import lower_is_better
+from src.files import Lock
 from src.reporting.registry import Run
-from src.sweeps.jobs import Lock, is_finished
+from src.sweeps.jobs import is_finished
 from src.sweeps.local import POLL, Local, interruptible, launch, stop
 from src.sweeps.plan import Job, check_measured, job_of
 

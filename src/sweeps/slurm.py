@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from src.config import ConfigError
-from src.sweeps.jobs import ROOT, Lock, is_finished, start_of
+from src.files import Lock
+from src.sweeps.jobs import ROOT, is_finished, start_of
 from src.sweeps.plan import Job
 
 POLL = 5.0  # seconds

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from src.config import ConfigError
+from src.files import Lock
 from src.reporting.registry import Run
 from src.sweeps import local
-from src.sweeps.jobs import Lock, Start, is_finished, start_of
+from src.sweeps.jobs import Start, is_finished, start_of
 from src.sweeps.local import Local, visible_gpus
 from src.sweeps.plan import Job, Sweep
 from tests.runs import ROOT, TINY, same
