@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -36,6 +37,9 @@ _USERS_MISTAKES = (
 )
 
 
+_THE_DISK_S = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     """Runs ``job`` with the configuration that the command line asks for.
 
@@ -54,6 +58,10 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
             fail(str(error))
         except RunError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            fail(str(error), status=1)
+        except OSError as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1" or error.errno not in _THE_DISK_S:
                 raise
             fail(str(error), status=1)
         forget_other_ranks(before)

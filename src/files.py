@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -13,6 +14,15 @@ PART = ".part"  # ends the name of what is being written; left behind only by a 
 def part_of(path: Path) -> Path:
     """Under which name this process writes what will be ``path``."""
     return path.with_name(f"{path.name}.{os.getpid()}{PART}")
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what processes that were killed have left half-written; for the only one that works in a folder."""
+    for part in folder.glob(f"*{PART}"):
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

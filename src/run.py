@@ -35,7 +35,7 @@ from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.evaluation.evaluators import lower_is_better
 from src.evaluation.statistics import intervals
-from src.files import Lock
+from src.files import Lock, remove_parts
 from src.modules.language_model import LanguageModel
 from src.modules.parallel import may_be_deferred
 from src.reporting.registry import Recorded, Run, peak_memory_bytes, write_json
@@ -78,13 +78,13 @@ def alone_in(output_dir: Path) -> Iterator[None]:
     lock = Lock(output_dir, "run.lock")
     if rank_zero_only.rank == 0:
         try:
-            free = lock.acquire(seconds=10)  # data workers of a run that was killed outlive it by a few seconds
+            if not lock.acquire(seconds=10):  # data workers of a run that was killed outlive it by a few seconds
+                raise ConfigError(
+                    f"hydra.run.dir={output_dir}: another process is at work in this folder; wait for it, or end it"
+                )
+            remove_parts(output_dir / "checkpoints")
         except OSError:
-            free = True  # a file system without locks
-        if not free:
-            raise ConfigError(
-                f"hydra.run.dir={output_dir}: another process is at work in this folder; wait for it, or end it"
-            )
+            log.warning(f"{output_dir} is on a file system without locks: see to it that only one run writes there")
     try:
         yield
     finally:
@@ -253,7 +253,7 @@ def check_watched(plain: dict[str, Any]) -> None:
         _check_measured(f"callbacks.{name}.monitor", metric, plain["data"], "val/")
         mode, best = callback.get("mode", "min"), "min" if lower_is_better(metric) else "max"
         if mode != best:
-            raise ConfigError(f"callbacks.{name}.mode={mode}: the best {metric} is the {best}")
+            raise ConfigError(f"callbacks.{name}.mode={mode}: {best}, for {metric}")
 
 
 def _check_measured(key: str, metric: str, data: dict[str, Any], *splits: str) -> None:

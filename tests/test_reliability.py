@@ -18,9 +18,11 @@ import pytest
 import torch
 
 import src.checkpoints.io
+import src.files
 from src.callbacks.guard import BadStep, Guard, replay
-from src.callbacks.preemption import REQUEUE, Preemption
+from src.callbacks.preemption import REQUEUE, Preempted, Preemption
 from src.checkpoints import load_model
+from src.config import ConfigError
 from src.modules.language_model import LanguageModel
 from tests.runs import ROOT, TINY, curve, final, free_port, results, same, tiny_run
 
@@ -257,6 +259,86 @@ def test_a_signal_leaves_a_checkpoint_and_asks_to_be_started_again(tmp_path, str
     logged = [int(row["step"]) for row in metrics_of(tmp_path / "run") if "train/loss" in row]
     assert logged == list(range(200))
     assert f"step{stopped:08d}.ckpt" in json.loads((tmp_path / "run" / "run.json").read_text())["resumed_from"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_the_test_asks_to_be_started_again(tmp_path, monkeypatch, number):
+    options = ["trainer.max_steps=3", "ckpt_path=auto"]
+    monkeypatch.setattr(LanguageModel, "test_step", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(Preempted) as stopped:
+        tiny_run(tmp_path / "stopped", *options)
+    assert stopped.value.code == REQUEUE
+    assert signal.getsignal(number) == signal.SIG_DFL
+    monkeypatch.undo()
+    tiny_run(tmp_path / "stopped", *options)
+    tiny_run(tmp_path / "straight", *options)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_ctrl_c_ends_the_step_and_saves_it(tmp_path, monkeypatch):
+    original = LanguageModel.training_step
+
+    def step(self, batch, batch_idx):
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", step)
+    with pytest.raises(Preempted) as stopped:
+        tiny_run(tmp_path / "stopped", "ckpt_path=auto")
+    assert stopped.value.code == 130
+    assert (tmp_path / "stopped" / "checkpoints" / "step00000003.ckpt").exists()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    monkeypatch.undo()
+    tiny_run(tmp_path / "stopped", "ckpt_path=auto")
+    tiny_run(tmp_path / "straight")
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_preempted_often_it_keeps_as_many_checkpoints_as_asked(tmp_path, monkeypatch):
+    """Those that signals have made are removed in their turn, and so is the one that a run goes on from."""
+    original = LanguageModel.training_step
+
+    def step(self, batch, batch_idx):
+        if batch_idx in (1, 3, 5, 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", step)
+    for stopped in (2, 4, 6, 8):
+        with pytest.raises(Preempted):
+            tiny_run(tmp_path, "ckpt_path=auto", "trainer.max_steps=9", "callbacks.checkpoint.every_n_train_steps=3")
+        kept = sorted(int(path.name[4:12]) for path in (tmp_path / "checkpoints").glob("step*.ckpt"))
+        assert kept == {2: [2], 4: [3, 4], 6: [4, 6], 8: [6, 8]}[stopped]
+    monkeypatch.undo()
+    tiny_run(tmp_path, "ckpt_path=auto", "trainer.max_steps=9", "callbacks.checkpoint.every_n_train_steps=3")
+    assert {p.name for p in (tmp_path / "checkpoints").glob("step*.ckpt")} == {"step00000008.ckpt", "step00000009.ckpt"}
+
+
+def test_a_folder_that_has_moved_keeps_as_many_checkpoints_as_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "training_step", stopping_at(4, LanguageModel.training_step))
+    with pytest.raises(ZeroDivisionError):
+        tiny_run(tmp_path / "here", *EVERY, "callbacks=best", "trainer.val_check_interval=1")
+    monkeypatch.undo()
+    (tmp_path / "here").rename(tmp_path / "there")
+    tiny_run(tmp_path / "there", *EVERY, "callbacks=best", "trainer.val_check_interval=1", "ckpt_path=auto")
+    names = {path.name for path in (tmp_path / "there" / "checkpoints").glob("*.ckpt")}
+    losses = curve(tmp_path / "there", "val/loss")
+    best = f"best_step{losses.index(min(losses)) + 1:08d}.ckpt"
+    assert names == {"step00000003.ckpt", "step00000004.ckpt", "last.ckpt", "final.ckpt", best}
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(src.files.time, "monotonic", iter(range(0, 1000, 20)).__next__)  # nobody likes to wait
+    held = src.files.Lock(tmp_path, "run.lock")
+    assert held.acquire()
+    with pytest.raises(ConfigError, match="another process is at work in this folder"):
+        tiny_run(tmp_path)
+    held.release()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step00000001.ckpt.1.part").write_text("half")
+    tiny_run(tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_the_wall_time_ends(tmp_path, monkeypatch):

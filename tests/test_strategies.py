@@ -93,6 +93,7 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_processes(checkpoint
         "fsdp to fsdp": (fsdp, "fsdp"),
         "ddp to fsdp": (fsdp, "ddp"),
         "fsdp to ddp": (["trainer=ddp"], "fsdp"),
+        "sharded to ddp": (["trainer=ddp"], "sharded"),
     }
     launch(
         processes,
@@ -102,6 +103,9 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_processes(checkpoint
         ],
         tmp_path,
     )
+    if processes == 1:
+        jobs["sharded to one"] = (["trainer=cpu"], "sharded")
+        tiny_run(tmp_path / "sharded to one", "canon.positions=AbCD", *straight, step4(folder, "sharded"))
     for name in jobs:
         for column in ("train/loss", "train/grad_norm"):
             expected = curve(folder / "one", column)[4:]

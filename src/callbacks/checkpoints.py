@@ -27,10 +27,9 @@ class Checkpoints(ModelCheckpoint):
         """Under which a checkpoint holds this callback's state."""
         return f"{type(self).__name__}({self.monitor}, {self.filename})"
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Notes which checkpoint the run goes on from."""
-        super().setup(trainer, pl_module, stage)
-        self._resumed = None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notes where it lies, of which ``load_state_dict`` is not told."""
+        self._resumed = Path(str(trainer.ckpt_path)).resolve()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what was kept so far; in a folder that has moved, under its new name."""

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, is it whole, and another form of it: ``python src/checkpoints verify logs/runs/mine``.
+"""What is in a checkpoint, is it whole, and another form of it: ``python src/checkpoints verify logs/train/runs/mine``.
 
 inspect PATH              step, model, sizes, data, what it is made of
 verify PATH...            exit status 1 if one is damaged; a run's folder stands for all checkpoints in it

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,8 +55,7 @@ def _opened(path: Path, tensors: Tensors) -> dict[str, Any]:
         else:
             checkpoint = read_shards(path, optimizer=tensors == "all")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = "it is not a checkpoint" if "mmap can only be used" in reason else reason
+        reason = _reason(error)
         raise CheckpointError(f"checkpoint {path} cannot be opened as plain data: {reason}") from error
     if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it has no 'config' and 'state_dict'")
@@ -63,6 +64,17 @@ def _opened(path: Path, tensors: Tensors) -> dict[str, Any]:
             f"{path} has checkpoint format {checkpoint.get('format')!r}; this version reads {CHECKPOINT_FORMAT}"
         )
     return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    if foreign := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", text):
+        return f"it holds a pickled object, {foreign[1]}, which could run code"
+    if isinstance(error, pickle.UnpicklingError) and text.startswith("Weights only load failed"):
+        return "it holds more than plain data (weights_only=True refuses it)"
+    if "mmap can only be used" in text:
+        return "it is not a checkpoint"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def problem_of(path: Path) -> str | None:
@@ -83,7 +95,7 @@ def first_whole(candidates: Iterable[Path]) -> Path | None:
         problem = problem_of(path)
         if problem is None:
             return path
-        log.warning(f"checkpoint {path} is damaged: {problem}; the one before it is taken")
+        log.warning(f"checkpoint {path} is damaged: {problem}; it is passed over")
     return None
 
 
@@ -119,6 +131,12 @@ def find_checkpoint(path: Path) -> Path:
             raise CheckpointError(f"ckpt_path={path}: every checkpoint in it is damaged: {', '.join(found)}")
         hint = f"it holds {', '.join(found)}" if found else "it holds no .ckpt file"
         raise CheckpointError(f"ckpt_path={path}: a folder without final.ckpt, last.ckpt or step*.ckpt; {hint}")
+    if path.is_symlink():
+        raise CheckpointError(
+            f"ckpt_path={path}: a link to {path.readlink()}, which is not there; ckpt_path=auto takes the newest"
+        )
+    if path.parent == Path() and get_close_matches(path.name, ["auto"]):
+        raise CheckpointError(f"ckpt_path={path}: no such file; did you mean auto?")
     parent = next((p for p in path.parents if p.is_dir()), Path())
     nearby = sorted(p.name for p in parent.iterdir())[:10]
     raise CheckpointError(f"ckpt_path={path}: no such file. {parent} holds: {', '.join(nearby) or 'nothing'}")

@@ -25,6 +25,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from src.checkpoints.integrity import CHECKSUM
+from src.checkpoints.sharded import is_sharded, read_shards
 from src.files import part_of, write_text
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Opens a checkpoint as plain data, whatever ``weights_only`` says."""
+        """Opens a checkpoint, one of shards too, as plain data, whatever ``weights_only`` says."""
+        if is_sharded(Path(path)):
+            return read_shards(Path(path))
         return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=True)
 
     def wait(self) -> None:

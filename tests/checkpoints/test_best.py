@@ -63,7 +63,7 @@ def test_a_run_goes_on_from_the_best(tmp_path, straight):
     ("override", "message"),
     [
         ("callbacks.best.monitor=val/acuracy", "callbacks.best.monitor=val/acuracy: .*did you mean 'val/accuracy'"),
-        ("callbacks.best.mode=max", "callbacks.best.mode=max: the best val/loss is the min"),
+        ("callbacks.best.mode=max", "callbacks.best.mode=max: min, for val/loss"),
         ("optimized_metric=val/los", "optimized_metric=val/los: .*did you mean 'val/loss'"),
     ],
 )
