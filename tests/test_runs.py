@@ -147,6 +147,25 @@ def test_quickstart_command_compares_two_models(tmp_path):
         assert results(tmp_path / name)["steps"] == 4
 
 
+def test_a_comparison_that_was_stopped_goes_on(tmp_path, capsys):
+    short = [o for o in TINY if not o.startswith(("data=", "trainer="))]
+    arguments = ["experiment=quickstart", "trainer=cpu", *short, f"hydra.run.dir={tmp_path}"]
+    main(train, "train", *arguments)
+    expected = [results(tmp_path / name)["metrics"] for name in ("without-canon", "canon-abcd")]
+    for name in ("canon-abcd/results.json", "comparison.png"):
+        (tmp_path / name).unlink()
+    written = (tmp_path / "without-canon" / "results.json").stat().st_mtime_ns
+    capsys.readouterr()
+    main(train, "train", *arguments, "ckpt_path=auto")
+    assert "test set" in capsys.readouterr().out
+    assert (tmp_path / "comparison.png").exists()
+    assert [results(tmp_path / name)["metrics"] for name in ("without-canon", "canon-abcd")] == expected
+    assert (tmp_path / "without-canon" / "results.json").stat().st_mtime_ns == written
+    with pytest.raises(SystemExit):
+        main(train, "train", *arguments, f"ckpt_path={tmp_path}")
+    assert "a comparison goes on as a whole, with hydra.run.dir=<its folder> ckpt_path=auto" in capsys.readouterr().err
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 

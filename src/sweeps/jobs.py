@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from src.checkpoints.files import newest_whole
-from src.checkpoints.integrity import step_of
+from src.checkpoints.files import first_whole
+from src.checkpoints.integrity import by_age, step_of
 from src.reporting.registry import Run
 from src.sweeps.plan import Job
 
@@ -41,11 +41,13 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
     """
     folder = job.folder(root)
     command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, f"hydra.run.dir={folder}"]
-    checkpoint = newest_whole(folder / "checkpoints", below=job.config["trainer"]["max_steps"])
+    final = folder / "checkpoints" / "final.ckpt"
+    checkpoint = first_whole(path for path in (final, *by_age(final.parent)) if path.exists())
     if checkpoint is not None:
-        return Start([*command, f"ckpt_path={checkpoint}"], step_of(checkpoint))
+        step = job.config["trainer"]["max_steps"] if checkpoint == final else step_of(checkpoint)
+        return Start([*command, f"ckpt_path={checkpoint}"], step)
     if tidy and any((folder / "checkpoints").glob("*.ckpt")):
-        # Nothing in there can be gone on from: training had ended, or the files are not whole. A new run wants a folder without them.
+        # None of them is whole, and a new run wants a folder without them.
         _set_aside(folder / "checkpoints")
     return Start(command, 0)
 

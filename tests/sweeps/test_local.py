@@ -117,7 +117,7 @@ def test_an_interrupted_sweep_interrupts_its_jobs_even_in_the_background_of_a_sc
     assert "The same command goes on" in printed
     (folder,) = (tmp_path / "jobs").iterdir()
     assert Run(folder).status in ("interrupted", "finished")  # unless it had just ended
-    assert "go on with" in (folder / "output.log").read_text() or Run(folder).status == "finished"
+    assert "stopped after step" in (folder / "output.log").read_text() or Run(folder).status == "finished"
 
 
 @pytest.mark.slow
