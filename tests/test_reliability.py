@@ -295,6 +295,18 @@ def test_ctrl_c_ends_the_step_and_saves_it(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_data_workers_too(tmp_path):
+    """As from a terminal: to all processes of the run at once, in the middle of a step that still needs data."""
+    options = [*TINY, "data.num_workers=2", "trainer.accumulate_grad_batches=4", "trainer.max_steps=2000"]
+    run = Process(tmp_path, *options, "callbacks.checkpoint.every_n_train_steps=5", "trainer.val_check_interval=8000")
+    run.reach(10)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.end() == 130, run.log.read_text()[-3000:]
+    assert f"stopped after step {run.steps()} of 2000" in run.log.read_text()
+    assert "DataLoader worker" not in run.log.read_text()
+
+
 def test_preempted_often_it_keeps_as_many_checkpoints_as_asked(tmp_path, monkeypatch):
     """Those that signals have made are removed in their turn, and so is the one that a run goes on from."""
     original = LanguageModel.training_step

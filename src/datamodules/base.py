@@ -16,6 +16,7 @@ from src.datamodules.stream import (
     TrainingBatches,
     WindowSource,
     data_share,
+    leave_interrupts_to_the_run,
 )
 from src.evaluation.evaluators import Evaluator
 
@@ -97,6 +98,7 @@ class StreamDataModule(L.LightningDataModule, ABC):
             batch_size=None,  # the data set's items are whole batches
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=leave_interrupts_to_the_run,
             pin_memory=self._trainer().strategy.root_device.type == "cuda",
         )
 

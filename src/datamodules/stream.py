@@ -10,6 +10,7 @@ checkpoint: there is no loader state to save, lose or restore wrongly.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -158,6 +159,11 @@ class StreamLoader(DataLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
+
+
+def leave_interrupts_to_the_run(_: int) -> None:
+    """Of a data worker: Ctrl-C reaches it too, but the step that is to be ended first may still need its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def with_loss_mask(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
