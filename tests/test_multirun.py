@@ -20,6 +20,7 @@ def hashes(text: str) -> list[str]:
     return re.findall(r"rank \d: config (\w{12})", text)
 
 
+@pytest.mark.slow
 def test_a_random_sampler_gives_both_ranks_of_a_job_the_same_configuration(tmp_path):
     done = command("train", *RANDOM, *TWO, f"hydra.sweep.dir={tmp_path}", PYTHONPATH=PLUGINS)
     found = hashes(done.stdout)

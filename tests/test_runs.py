@@ -106,7 +106,7 @@ def test_results_say_what_was_run(straight):
     assert found["steps"] == 6
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_give_the_loss_curve_of_one(tmp_path, strategy):
     options = [*TINY, CANON, "trainer.max_steps=5", "trainer.devices=2", f"hydra.run.dir={tmp_path / 'two'}"]
     options = [f"trainer={strategy}" if o == "trainer=cpu" else o for o in options]

@@ -55,6 +55,7 @@ def test_a_process_that_only_waits_learns_that_the_other_has_died():
     assert "went on" not in output
 
 
+@pytest.mark.slow
 def test_a_process_that_is_busy_for_long_is_not_called_dead():
     port = free_port()
     both = [start(rank, port, "is busy") for rank in (0, 1)]

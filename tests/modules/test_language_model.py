@@ -59,6 +59,7 @@ def test_the_balance_loss_is_minimised_but_not_part_of_the_loss(tmp_path):
     assert curve(tmp_path / "0", "train/grad_norm")[0] != curve(tmp_path / "5", "train/grad_norm")[0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_mixture_as_two_micro_batches_do(tmp_path):
     options = [*MOE, "trainer.max_steps=3", "trainer.val_check_interval=3", "test=false"]
     tiny = ["trainer=ddp" if option == "trainer=cpu" else option for option in TINY]
