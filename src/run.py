@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Iterator
@@ -83,7 +84,9 @@ def alone_in(output_dir: Path) -> Iterator[None]:
                     f"hydra.run.dir={output_dir}: another process is at work in this folder; wait for it, or end it"
                 )
             remove_parts(output_dir / "checkpoints")
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
             log.warning(f"{output_dir} is on a file system without locks: see to it that only one run writes there")
     try:
         yield

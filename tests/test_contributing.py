@@ -47,6 +47,7 @@ def test_it_trains(project):
     assert "test/loss" in out
 
 
+@pytest.mark.slow
 def test_it_has_the_properties_of_every_model(project):
     out = call(project, "-m", "pytest", "tests/components/test_models.py", "-k", "retention", "-p", "no:cacheprovider")
     passed = re.search(r"(\d+) passed", out)

@@ -33,6 +33,7 @@ def test_notebook_on_an_existing_run(path, tmp_path, monkeypatch):
     assert "steps from" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_trains_a_run_when_there_is_none(path, tmp_path, monkeypatch):
     monkeypatch.setenv("CANON_LAB_LOGS", str(tmp_path))

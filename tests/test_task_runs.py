@@ -53,6 +53,7 @@ def test_every_task_trains_and_is_scored_the_same_twice(name, tmp_path, capsys):
     assert "95% interval" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_answers_that_one_writes(tmp_path):
     one = tiny_run(
         tmp_path / "one", *options("brevo1"), "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4"
