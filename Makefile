@@ -20,7 +20,7 @@ report: .venv/base ## one page of all sweeps under logs/: verdicts, figures, tab
 	$(BIN)/python src/report.py
 
 test: .venv/dev ## all tests but the slow ones and those that need a GPU
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-kernels: .venv/kernels ## the fused kernels of fla and mamba-ssm against ours, on the CPU in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/upstream

@@ -37,6 +37,7 @@ def test_a_random_sampler_gives_both_ranks_of_a_job_the_same_configuration(tmp_p
     assert rates[0] != rates[1]
 
 
+@pytest.mark.slow
 def test_ranks_that_a_launcher_starts_with_different_draws_stop_and_say_why(tmp_path):
     """As torchrun would: each process reads the command line for itself, and draws for itself."""
     environment = os.environ | {

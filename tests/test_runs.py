@@ -106,7 +106,8 @@ def test_results_say_what_was_run(straight):
     assert found["steps"] == 6
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_give_the_loss_curve_of_one(tmp_path, strategy):
     options = [*TINY, CANON, "trainer.max_steps=5", "trainer.devices=2", f"hydra.run.dir={tmp_path / 'two'}"]
     options = [f"trainer={strategy}" if o == "trainer=cpu" else o for o in options]
@@ -127,6 +128,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, strategy):
         assert same(final(tmp_path / "cut")["state_dict"], final(tmp_path / "two")["state_dict"])
 
 
+@pytest.mark.slow
 def test_quickstart_command_compares_two_models(tmp_path):
     """The command itself, on the smallest scale, on two processes."""
     short = [o for o in TINY if not o.startswith(("data=", "trainer="))]
