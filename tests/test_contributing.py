@@ -42,6 +42,7 @@ def call(project, *command):
     return found.stdout
 
 
+@pytest.mark.slow
 def test_it_trains(project):
     out = call(project, "src/train.py", "model=retention", "canon.positions=ABCD", *TINY)
     assert "test/loss" in out
