@@ -14,10 +14,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import lightning as L
@@ -25,6 +23,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from src.callbacks.checkpoints import Checkpoints
+from src.signals import answered
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 ASKED_BY_HAND = 130  # what shells make of Ctrl-C
@@ -40,18 +39,9 @@ class Preempted(SystemExit):
         self.message = message
 
 
-@contextmanager
-def at_once() -> Iterator[None]:
+def at_once() -> AbstractContextManager[None]:
     """While this lasts and no training says otherwise, SIGTERM and SIGUSR1 end the process where it is, with status 75."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return answered(_leave, signal.SIGTERM, signal.SIGUSR1)
 
 
 def _leave(number: int, _: Any) -> None:
@@ -80,22 +70,18 @@ class Preemption(Callback):
             )
         self.deadline = _deadline(max_minutes, margin_minutes)
         self.signal: int | None = None
-        self._before: dict[int, Any] = {}
+        self._listening = ExitStack()
         self._group: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listens to signals, in place of Lightning, which would exchange tensors inside of a handler."""
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+        self._listening.enter_context(answered(self._note, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What comes now ends the test at once; Lightning's own answer to SIGTERM would be to end it as if it had passed."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, _leave)
+        self._listening.enter_context(at_once())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -118,9 +104,7 @@ class Preemption(Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+        self._listening.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The same, where training ends otherwise."""

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from src.callbacks.preemption import REQUEUE
 from src.config import ConfigError
 from src.files import Lock
+from src.signals import answered
 from src.sweeps.jobs import ROOT, is_finished, start_of
 from src.sweeps.plan import Job
 
@@ -184,8 +185,7 @@ def stop(processes: list[subprocess.Popen[bytes]]) -> None:
             time.sleep(POLL)
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> AbstractContextManager[None]:
     """SIGTERM ends a sweep as Ctrl-C does, and Ctrl-C's signal does so in the background of a script too.
 
     A shell script starts what it runs in the background with that signal ignored, and so would every job be.
@@ -194,12 +194,7 @@ def interruptible() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
+    return answered(interrupt, signal.SIGINT, signal.SIGTERM)
 
 
 def visible_gpus() -> list[str]:
