@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.components.backbone import Backbone
-from src.config import ConfigError, instantiate, to_plain
+from src.config import ConfigError, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.datamodules.task import TaskDataModule
 from src.evaluation.evaluators import TextEvaluator
@@ -54,15 +54,33 @@ def _training_steps(data: DictConfig) -> int:
 OmegaConf.register_new_resolver("training_steps", _training_steps, replace=True)
 
 
-def measured_on(data: dict[str, Any]) -> tuple[str, ...]:
-    """Names, without val/ and test/, of all that an evaluation on these data may give.
+def check_measured(
+    key: str,
+    metric: str,
+    data: dict[str, Any],
+    splits: tuple[str, ...] = ("val/", "test/"),
+    where: str = "in this run",
+) -> None:
+    """Before anything is paid for: an evaluation on these data will give the metric.
 
-    ``data``: that section of a plain configuration.
+    Args:
+        key: of the configuration, that asks for it.
+        metric: such as test/accuracy.
+        data: that section of a plain configuration.
+        splits: which are evaluated.
+        where: for the message.
+
+    Raises:
+        ConfigError: it will not.
     """
-    if "task" not in data:
-        return TextEvaluator.measures  # building the data might mean to tokenise a corpus
-    datamodule: TaskDataModule = instantiate(data, "data")
-    return datamodule.evaluator("val").measures
+    if "task" in data:
+        datamodule: TaskDataModule = instantiate(data, "data")
+        measures = datamodule.evaluator("val").measures
+    else:
+        measures = TextEvaluator.measures  # building the data might mean to tokenise a corpus
+    known = [split + name for split in splits for name in measures]
+    if metric not in known:
+        raise ConfigError(f"{key}={metric}: not measured {where}; {suggest(metric, known)}")
 
 
 def build_model(overrides: list[str] | None = None, device: str | torch.device = "cpu") -> Backbone:

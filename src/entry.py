@@ -52,18 +52,11 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
         before = {name for name in _LAUNCH if name in os.environ}
         try:
             result = job(config)
-        except _USERS_MISTAKES as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        except Exception as error:
+            status = _status_of(error)
+            if status is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            fail(str(error))
-        except RunError as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            fail(str(error), status=1)
-        except OSError as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1" or error.errno not in _THE_DISK_S:
-                raise
-            fail(str(error), status=1)
+            fail(str(error), status)
         forget_other_ranks(before)
         return result
 
@@ -77,6 +70,14 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
         fail(message)
     guarded.__module__ = "__main__"
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)()
+
+
+def _status_of(error: Exception) -> int | None:
+    """With which exit status a message alone is enough; None for what only a traceback explains."""
+    if isinstance(error, _USERS_MISTAKES):
+        return 2
+    disk = isinstance(error, OSError) and error.errno in _THE_DISK_S
+    return 1 if disk or isinstance(error, RunError) else None
 
 
 def point_other_ranks_at_this_job() -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop as _LightningFitLoop
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from src.build import measured_on, model_from_config
+from src.build import check_measured, model_from_config
 from src.callbacks.guard import Guard, RollBack
 from src.callbacks.heartbeat import RankLost, lost_rank
 from src.callbacks.preemption import Preempted, at_once, wait_for_files
@@ -248,21 +248,15 @@ def check_settings(plain: dict[str, Any]) -> None:
 def check_watched(plain: dict[str, Any]) -> None:
     """Raises a ConfigError when a run is to be judged, or a checkpoint chosen, by what is not measured on its data."""
     if plain["optimized_metric"] is not None:
-        _check_measured("optimized_metric", plain["optimized_metric"], plain["data"], "val/", "test/")
+        check_measured("optimized_metric", plain["optimized_metric"], plain["data"])
     for name, callback in (plain.get("callbacks") or {}).items():
         metric = str((callback or {}).get("monitor"))
         if metric in ("None", "step", "epoch") or metric.startswith("train/"):
             continue
-        _check_measured(f"callbacks.{name}.monitor", metric, plain["data"], "val/")
+        check_measured(f"callbacks.{name}.monitor", metric, plain["data"], ("val/",))
         mode, best = callback.get("mode", "min"), "min" if lower_is_better(metric) else "max"
         if mode != best:
             raise ConfigError(f"callbacks.{name}.mode={mode}: {best}, for {metric}")
-
-
-def _check_measured(key: str, metric: str, data: dict[str, Any], *splits: str) -> None:
-    known = [split + name for split in splits for name in measured_on(data)]
-    if metric not in known:
-        raise ConfigError(f"{key}={metric}: not measured in this run; {suggest(metric, known)}")
 
 
 def check_machine(plain: dict[str, Any]) -> None:

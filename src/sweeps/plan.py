@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from src.build import CONFIG_DIR, compose_config, measured_on, swept_over
+from src.build import CONFIG_DIR, check_measured, compose_config, swept_over
 from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.matching import match_model
@@ -287,7 +287,8 @@ class Sweep:
             except ConfigError as error:
                 raise ConfigError(f"{task}, {variant}, {settings}: {error}") from error
             if task not in tried:
-                check_measured([self.metric_of(task), self.selection_of(task)], job.config["data"], task)
+                for metric in (self.metric_of(task), self.selection_of(task)):
+                    check_measured("sweep.metric", metric, job.config["data"], where=f"on {task}")
             tried |= {task, variant}
             if job.name in found:
                 other = found[job.name]
@@ -355,26 +356,6 @@ class Sweep:
                 raise ConfigError(f"sweep.axes.{both.pop()}: sweep.match decides on it; leave out one of the two")
             known[name] = found
         return known[name]
-
-
-def check_measured(metrics: list[str], data: dict[str, Any], task: str) -> None:
-    """Before anything is paid for: the runs will measure what is to be compared.
-
-    Args:
-        metrics: such as test/accuracy.
-        data: the section of a run's configuration.
-        task: what it is called in the message.
-
-    Raises:
-        ConfigError: one is not measured on these data.
-    """
-    known = measured_on(data)
-    for metric in metrics:
-        split, _, name = metric.partition("/")
-        if split not in ("test", "val") or name not in known:
-            raise ConfigError(
-                f"sweep.metric={metric}: not measured on {task}; there are: test/, val/ {', '.join(known)}"
-            )
 
 
 def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[str], *, thorough: bool = True) -> Job:

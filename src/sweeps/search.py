@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from src.build import compose_config
+from src.build import check_measured, compose_config
 from src.config import ConfigError, config_hash, to_plain
 from src.evaluation.evaluators import lower_is_better
 from src.files import Lock
 from src.reporting.registry import Run
 from src.sweeps.jobs import is_finished
 from src.sweeps.local import POLL, Local, interruptible, launch, stop
-from src.sweeps.plan import Job, check_measured, job_of
+from src.sweeps.plan import Job, job_of
 
 JOB = "job"  # under which a trial's record names its job
 
@@ -125,7 +125,7 @@ class Search:
             Optuna's study.
         """
         config = compose_config([*self.base, "compare=null", *self.overrides])
-        check_measured([self.metric], to_plain(config.data), "these data")
+        check_measured("sweep.metric", self.metric, to_plain(config.data), where="on these data")
         study = self.study(folder)
         _take_up_what_was_cut_off(study)
         _Trials(self, study, launcher, root, told).run()
