@@ -182,6 +182,7 @@ def test_killed_in_the_test(tmp_path, monkeypatch):
     costs = {"tokens_per_second", "data_wait", "seconds", "peak_memory_bytes"}
     a, b = (results(tmp_path / name) for name in ("straight", "killed"))
     assert {k: v for k, v in a.items() if k not in costs} == {k: v for k, v in b.items() if k not in costs}
+    assert a["metrics"]["val/loss"] == curve(tmp_path / "straight", "val/loss")[-1]  # to the last digit
     # Once more: it is done.
     before = (tmp_path / "killed" / "results.json").stat().st_mtime_ns
     assert tiny_run(tmp_path / "killed", *options, "ckpt_path=auto") == a["metrics"]

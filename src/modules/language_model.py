@@ -210,13 +210,13 @@ class LanguageModel(L.LightningModule):
         evaluator = self._evaluator(split)
         with self.trainer.precision_plugin.forward_context():
             evaluator.examine(self.net, count=self.trainer.is_global_zero)
-        found = evaluator.compute()
+        found = {name: value.float() for name, value in evaluator.compute().items()}
         if split == "val":
             self.validated = {f"val/{name}": float(value) for name, value in found.items()}
         for name, value in found.items():
             # The evaluator has already summed over ranks; sync_dist only tells Lightning that we know.
             shown = name in ("loss", "accuracy", "bits_per_byte")
-            self.log(f"{split}/{name}", value.float(), prog_bar=shown, sync_dist=True)
+            self.log(f"{split}/{name}", value, prog_bar=shown, sync_dist=True)
         self.counts |= {f"{split}/{name}": pair for name, pair in evaluator.counts.items()}
         evaluator.reset()
 
