@@ -1,12 +1,12 @@
 """Test a checkpoint: ``python src/evaluate.py ckpt_path=logs/train/runs/<run>``.
 
 Takes data, model and precision from the checkpoint's own configuration, so the numbers are those of the run that wrote it.
-``data=...`` asks for other data, ``trainer=...`` for another machine.
+``data=...`` asks for other data, ``trainer=...`` for another machine. Every evaluation is a file of its own, so that it may lie in
+the folder of the run that it is about.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,55 +17,90 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import lightning as L  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from src.checkpoints.files import check_same_data, model_from_checkpoint, read_checkpoint  # noqa: E402
-from src.config import ConfigError, instantiate, to_plain  # noqa: E402
+from src.checkpoints.files import (  # noqa: E402
+    CheckpointError,
+    find_checkpoint,
+    model_from_checkpoint,
+    read_checkpoint,
+)
+from src.checkpoints.resume import check_same_data  # noqa: E402
+from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
 from src.datamodules.base import StreamDataModule  # noqa: E402
 from src.datamodules.task import TaskDataModule  # noqa: E402
 from src.datamodules.tasks import Task  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
 from src.evaluation.statistics import intervals  # noqa: E402
+from src.modules.language_model import LanguageModel  # noqa: E402
+from src.reporting.registry import write_json  # noqa: E402
 from src.reporting.scores import print_scores  # noqa: E402
-from src.run import build_module, build_trainer  # noqa: E402
+from src.run import build_trainer  # noqa: E402
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
-    """Scores the checkpoint on its split, prints a table and writes ``results.json``."""
+    """Scores the checkpoint on its split, prints a table and writes ``evaluation_*.json``."""
     plain = to_plain(config)
     if plain["ckpt_path"] is None:
         raise ConfigError("ckpt_path= must name a checkpoint, or the folder of a run")
     if plain["split"] not in ("val", "test"):
         raise ConfigError(f"split={plain['split']!r}: choose val or test")
-    checkpoint = read_checkpoint(plain["ckpt_path"])
+    path = find_checkpoint(Path(str(plain["ckpt_path"])))
+    checkpoint = read_checkpoint(path, tensors="model")
     trained = checkpoint["config"]
 
-    datamodule: StreamDataModule = instantiate(plain.get("data") or trained["data"], "data")
+    datamodule = data_of(plain, trained, path)
     if not plain.get("data"):
-        check_same_data(checkpoint, datamodule.fingerprint(), plain["ckpt_path"])
+        check_same_data(checkpoint, datamodule.fingerprint(), path)
     else:
-        check_same_vocabulary(trained["data"], datamodule)
-    net = model_from_checkpoint(checkpoint)
+        check_same_vocabulary(trained["data"], datamodule, path)
+    net = model_from_checkpoint(checkpoint, path)
     if net.vocab_size < datamodule.vocab_size:
         raise ConfigError(f"data: has ids up to {datamodule.vocab_size - 1}, the model knows {net.vocab_size}")
-    module = build_module(trained, net, training=False)
-    trainer = evaluation_trainer(plain, trained)
+    module = LanguageModel(net, loss=of_checkpoint(trained.get("loss"), "loss", path))
+    trainer = evaluation_trainer(plain, trained, path)
     score = trainer.validate if plain["split"] == "val" else trainer.test
     score(module, datamodule=datamodule, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
-        report(metrics, module.counts, datamodule.chance(), plain, checkpoint["global_step"])
+        report(metrics, module.counts, datamodule, plain, path, checkpoint["global_step"])
     return metrics
 
 
-def check_same_vocabulary(trained: dict[str, Any], asked: StreamDataModule) -> None:
+def data_of(plain: dict[str, Any], trained: dict[str, Any], path: Path) -> StreamDataModule:
+    """The data that are asked for, or those that the checkpoint was trained on.
+
+    The latter are prepared where this machine keeps its data: a file from elsewhere does not say where to write.
+    """
+    if plain.get("data"):
+        return instantiate(plain["data"], "data")
+    own = dict(trained["data"])
+    if "cache_dir" in own:
+        own["cache_dir"] = plain["cache_dir"]
+    return of_checkpoint(own, "data", path)
+
+
+def of_checkpoint(section: Any, where: str, path: Path) -> Any:
+    """Builds a section of a checkpoint's configuration.
+
+    Raises:
+        CheckpointError: it cannot be built; the message names the file.
+    """
+    try:
+        return instantiate(section, where)
+    except Exception as error:  # whatever a constructor says of arguments that make no sense
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+
+
+def check_same_vocabulary(trained: dict[str, Any], asked: StreamDataModule, path: Path) -> None:
     """Raises a ConfigError when the token ids of two synthetic tasks have different meanings.
 
     Args:
         trained: the checkpoint's ``data`` section. Only its task is built: a corpus may not be on this machine.
         asked: what is to be scored.
+        path: of the checkpoint.
     """
     if "task" not in trained or not isinstance(asked, TaskDataModule):
         return
-    own: Task = instantiate(trained["task"], "data.task")
+    own: Task = of_checkpoint(trained["task"], "data.task", path)
     before, now = ({"task": task.name} | task.vocabulary() for task in (own, asked.task))
     if before != now:
         differs = ", ".join(
@@ -77,37 +112,48 @@ def check_same_vocabulary(trained: dict[str, Any], asked: StreamDataModule) -> N
         )
 
 
-def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any]) -> L.Trainer:
+def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any], path: Path) -> L.Trainer:
     """One process with the device and precision of training, unless ``trainer`` says otherwise."""
-    settings = plain.get("trainer") or {
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    if plain.get("trainer"):
+        return build_trainer({"trainer": plain["trainer"]}, **quiet)
+    settings = {
         "_target_": "lightning.Trainer",
         "accelerator": trained["trainer"].get("accelerator", "auto"),
         "precision": trained["trainer"].get("precision"),
         "devices": 1,
         "use_distributed_sampler": False,
     }
-    return build_trainer({"trainer": settings}, enable_progress_bar=False, enable_model_summary=False)
+    try:
+        return build_trainer({"trainer": settings}, **quiet)
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
 
 
 def report(
     metrics: dict[str, float],
     counts: dict[str, tuple[int, int]],
-    chance: dict[str, float],
+    datamodule: StreamDataModule,
     plain: dict[str, Any],
+    checkpoint: Path,
     step: int,
 ) -> None:
     """Prints the metrics with their intervals and writes them to the output folder."""
-    found = intervals(counts)
-    print_scores(f"{plain['ckpt_path']} at step {step}", metrics, found, chance)
+    found, chance = intervals(counts), datamodule.chance()
+    print_scores(f"{checkpoint} at step {step}", metrics, found, chance)
     result = {
-        "checkpoint": str(plain["ckpt_path"]),
+        "checkpoint": str(checkpoint),
         "step": step,
+        "split": plain["split"],
+        "data": datamodule.fingerprint(),
         "metrics": metrics,
         "intervals": found,
         "chance": chance,
     }
-    path = Path(plain["paths"]["output_dir"]) / "results.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    # The same question again replaces its answer; another one has a file of its own.
+    asked = config_hash([str(checkpoint.resolve()), plain.get("data"), datamodule.fingerprint(), plain.get("trainer")])
+    path = Path(plain["paths"]["output_dir"]) / f"evaluation_{plain['split']}_step{step:08d}_{asked[:6]}.json"
+    write_json(path, result)
     print(f"written to {path}")
 
 

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.build import CONFIG_DIR, compose_config
-from src.config import resolve_target, suggest
+from src.config import ConfigError, suggest
+from src.config.registry import class_of, section_of
 
 
 def first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
@@ -47,9 +48,11 @@ def first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
     return None
 
 
-def _is_argument(node: DictConfig, name: str) -> bool:
-    target = node.get("_target_")
-    return target is not None and name in inspect.signature(resolve_target(target)).parameters
+def _is_argument(node: DictConfig, where: str, name: str) -> bool:
+    try:
+        return name in inspect.signature(class_of(node.get("_target_"), where, section_of(where))).parameters
+    except ConfigError:
+        return False
 
 
 def _text(override: Override) -> str:
@@ -65,7 +68,7 @@ def _missing(config: DictConfig, key: str) -> str | None:
         if not OmegaConf.is_dict(node):
             return f"{key}: {'.'.join(path)} is a value, it has no key {part!r}"
         if part not in node:
-            if _is_argument(node, part):
+            if _is_argument(node, '.'.join(path), part):
                 return f"{key}: not set in the configuration so far; to add it write +{key}=..."
             where = ".".join(path)
             if not path and (Path(CONFIG_DIR) / part).is_dir() and key != part:

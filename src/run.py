@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -13,30 +14,24 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.loops.fit_loop import _FitLoop as _LightningFitLoop
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from src.build import check_measured, model_from_config
 from src.callbacks.guard import Guard, RollBack
-from src.callbacks.heartbeat import RankLost, lost_rank
-from src.callbacks.preemption import Preempted, at_once, wait_for_files
+from src.callbacks.preemption import at_once
 from src.callbacks.throughput import Throughput
-from src.checkpoints.files import (
-    check_same_data,
-    check_same_model,
-    check_same_recipe,
-    read_checkpoint,
-    to_resume,
-)
+from src.checkpoints.files import read_checkpoint, to_resume
+from src.checkpoints.resume import check_same_data, check_same_model, check_same_run, check_steps_left, is_over
 from src.components.backbone import Backbone
 from src.components.kernels.registry import forget_backends, used_backends
-from src.config import ConfigError, RunError, check, check_complete, experiment_hash, instantiate, suggest, to_plain
+from src.config import ConfigError, check, check_complete, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.evaluation.evaluators import lower_is_better
 from src.evaluation.statistics import intervals
 from src.files import Lock, remove_parts
+from src.fit import PLANNED, fit, log_at_step
 from src.modules.language_model import LanguageModel
 from src.modules.parallel import may_be_deferred
 from src.reporting.registry import Recorded, Run, peak_memory_bytes, write_json
@@ -59,14 +54,60 @@ def run(config: DictConfig) -> dict[str, float]:
     check_machine(plain)
     output_dir, identity = Path(plain["paths"]["output_dir"]), experiment_hash(plain)
     with at_once(), alone_in(output_dir):
-        if plain["ckpt_path"] == "auto" and (earlier := Run(output_dir)).is_finished(identity):
-            log.info(f"{output_dir}: this run has finished before, its results stand")
-            return earlier.metrics
+        refuse_to_test_in_a_runs_folder(plain, output_dir)
+        if plain["ckpt_path"] == "auto" and (earlier := finished_before(plain, identity, output_dir)) is not None:
+            return earlier
         resumed = to_resume(plain["ckpt_path"], output_dir)
         checkpoint = None if resumed is None else str(resumed)
         if plain["train"]:
             refuse_foreign_checkpoints(output_dir, checkpoint)
         return _recorded(plain, identity, output_dir, checkpoint)
+
+
+def refuse_to_test_in_a_runs_folder(plain: dict[str, Any], output_dir: Path) -> None:
+    """Raises a ConfigError when a test would be recorded over the record of another run; repeating one is fine."""
+    recorded = Run(output_dir).record.get("config_hash")
+    if not plain["train"] and (output_dir / "run.json").exists() and recorded != experiment_hash(plain):
+        raise ConfigError(
+            f"train=false: {output_dir} holds the record of a run, which a test would overwrite; choose another hydra.run.dir, or "
+            f"score it with python src/evaluate.py ckpt_path={output_dir}"
+        )
+
+
+def finished_before(plain: dict[str, Any], identity: str, output_dir: Path) -> dict[str, float] | None:
+    """The metrics of this very run, if it has finished in its folder before.
+
+    Raises:
+        ConfigError: it has, on data that have changed since.
+    """
+    earlier = Run(output_dir)
+    if not earlier.is_finished(identity):
+        return None
+    datamodule: StreamDataModule = instantiate(plain["data"], "data")
+    refuse_changed_data(earlier.results.get("data"), datamodule.expected_fingerprint(), output_dir)
+    ended = earlier.results.get("ended") or {}
+    early = f", after step {ended['step']} of {ended['planned']} ({ended['why']})" if ended.get("why", PLANNED) != PLANNED else ""
+    log.info(f"{output_dir}: this run has finished before{early}, its results stand")
+    return earlier.metrics
+
+
+def refuse_changed_data(recorded: Any, expected: dict[str, Any], output_dir: Path) -> None:
+    """Raises a ConfigError when results were obtained on other data than there are now.
+
+    Args:
+        recorded: what ``results.json`` says of the data.
+        expected: see ``StreamDataModule.expected_fingerprint``.
+        output_dir: of the run, for the message.
+    """
+    known = recorded if isinstance(recorded, dict) else {}
+    expected = json.loads(json.dumps(expected))  # as a file has it: lists, no tuples
+    changed = [key for key, value in expected.items() if key in known and known[key] != value]
+    if changed:
+        told = "; ".join(f"{key}: {known[key]!r} then, {expected[key]!r} now" for key in changed)
+        raise ConfigError(
+            f"{output_dir}: this run has finished before, on other data than there are now ({told}); its results stand. Choose "
+            "another hydra.run.dir for the new data"
+        )
 
 
 @contextmanager
@@ -122,77 +163,39 @@ def _run(
     check_cut(datamodule, trainer)
     check_steps(datamodule, plain["trainer"]["max_steps"])
     net = build_net(plain, datamodule, deferred=may_be_deferred(plain["model"], trainer.strategy))
+    over, opened = False, None
     if checkpoint is not None:
         opened = read_checkpoint(checkpoint, tensors="none")
         check_same_data(opened, datamodule.fingerprint(), checkpoint)
-        check_same_model(opened, plain["model"], checkpoint)
+        check_same_model(opened, plain, checkpoint)
         if plain["train"]:
-            check_same_recipe(opened, plain, checkpoint, own=_is_in(checkpoint, output_dir))
+            own = _is_in(checkpoint, output_dir)
+            over = own and is_over(opened, plain)
+            if not over:
+                check_steps_left(opened, plain, checkpoint, own=own)
+            check_same_run(opened, plain, checkpoint)
+            log.info(f"{checkpoint}: {'training is over, testing' if over else 'going on'} after step {opened['global_step']}")
     module = build_module(plain, net, config_hash=identity)
     introduce(plain, net, datamodule, output_dir)
 
     started = time.perf_counter()
-    if plain["train"]:
-        fit(trainer, module, datamodule, checkpoint, output_dir)
-    metrics: dict[str, Any] = dict(module.validated) if plain["train"] else {}
+    if plain["train"] and not over:
+        fit(trainer, module, datamodule, checkpoint, output_dir, planned=plain["trainer"]["max_steps"])
+    metrics: dict[str, Any] = {}
     if plain["test"]:
-        weights = None if plain["train"] else checkpoint
+        weights = checkpoint if over or not plain["train"] else None
+        if weights is not None and opened is not None:
+            log_at_step(trainer, opened["global_step"], opened.get("epoch"))
         trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
-        metrics |= trainer.callback_metrics
+        metrics = dict(trainer.callback_metrics)
+    elif over:
+        module.on_load_checkpoint(read_checkpoint(str(checkpoint), tensors="none"))
+    metrics |= module.validated if plain["train"] else {}
     result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
     seconds = time.perf_counter() - started + (module.seconds_before if plain["train"] else 0.0)
-    record(output_dir, plain["name"], identity, module, datamodule, trainer, result, seconds)
+    steps = opened["global_step"] if opened is not None and (over or not plain["train"]) else trainer.global_step
+    record(output_dir, plain["name"], identity, steps, module, datamodule, trainer, result, seconds)
     return result
-
-
-def fit(
-    trainer: L.Trainer, module: LanguageModel, datamodule: StreamDataModule, checkpoint: str | None, output_dir: Path
-) -> None:
-    """Trains, and writes ``checkpoints/final.ckpt``; an interruption says how to go on.
-
-    Raises:
-        RankLost: another process of the run has died.
-    """
-    folder = output_dir / "checkpoints"
-    try:
-        trainer.fit_loop.__class__ = _FitLoop
-        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-    except Preempted:
-        raise
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # PyTorch says one or the other, depending on what it was waiting for when the process died.
-        if datamodule.num_workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)):
-            raise RunError(
-                f"a DataLoader worker, a process that prepares batches, has died ({error}); out of memory is the usual reason. Go on "
-                "with ckpt_path=auto; data.num_workers=0 prepares batches in the training process"
-            ) from error
-        if not isinstance(error, RuntimeError):
-            raise
-        if trainer.world_size > 1 and lost_rank(error):
-            raise RankLost(trainer.global_rank, error) from error
-        raise
-    except SystemExit:  # how Lightning ends after Ctrl-C
-        kept = folder / "last.ckpt"
-        advice = (
-            f"the newest checkpoint is {kept.resolve().name}" if kept.exists() else "no checkpoint had been written yet"
-        )
-        log.warning(f"interrupted at step {trainer.global_step} of {trainer.max_steps}; {advice}")
-        raise
-    # Under which step Lightning logs what follows; behind by one where a checkpoint of the last step was all that was left to do.
-    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-    if checkpoint is None or Path(checkpoint) != folder / "final.ckpt":
-        trainer.save_checkpoint(folder / "final.ckpt")
-    wait_for_files(trainer)
-    if getattr(trainer.strategy.checkpoint_io, "failed", None):
-        raise RunError(f"no room for the final checkpoint in {folder}; free some and go on with ckpt_path=auto")
-
-
-class _FitLoop(_LightningFitLoop):
-    @property
-    def done(self) -> bool:
-        """Lightning's own leaves out the end of an epoch of which a checkpoint holds all steps, and with it a validation that is due."""
-        epoch: Any = self.epoch_progress.current
-        return super().done and epoch.processed >= epoch.started
 
 
 def checked(config: DictConfig) -> dict[str, Any]:
@@ -310,13 +313,8 @@ def build_net(plain: dict[str, Any], datamodule: StreamDataModule, deferred: boo
     return model_from_config(plain["model"], device="meta" if deferred else "cpu")
 
 
-def build_module(
-    plain: dict[str, Any], net: Backbone, config_hash: str | None = None, training: bool = True
-) -> LanguageModel:
-    """Wraps a model with the optimizer, schedule and loss that a plain configuration describes.
-
-    ``training``: False for a model that is only to be scored, as it is.
-    """
+def build_module(plain: dict[str, Any], net: Backbone, config_hash: str | None = None) -> LanguageModel:
+    """Wraps a model with the optimizer, schedule and loss that a plain configuration describes."""
     return LanguageModel(
         net,
         optimizer=instantiate(plain["optimizer"], "optimizer"),
@@ -324,8 +322,8 @@ def build_module(
         loss=instantiate(plain["loss"], "loss"),
         config=plain,
         config_hash=config_hash,
-        compile=training and plain["compile"],
-        recompute=plain["activation_checkpointing"] if training else "none",
+        compile=plain["compile"],
+        recompute=plain["activation_checkpointing"],
     )
 
 
@@ -366,14 +364,18 @@ def record(
     output_dir: Path,
     name: str,
     identity: str,
+    steps: int,
     module: LanguageModel,
     datamodule: StreamDataModule,
     trainer: L.Trainer,
     metrics: dict[str, float],
     seconds: float,
 ) -> None:
-    """Writes ``results.json``: what was measured, of what, with which kernels, at what cost."""
-    net, tokens = module.net, trainer.global_step * datamodule.batch_size * datamodule.window
+    """Writes ``results.json``: what was measured, of what, with which kernels, at what cost.
+
+    Results of another configuration, a shorter run that this one has continued say, stay under another name.
+    """
+    net, tokens = module.net, steps * datamodule.batch_size * datamodule.window
     flops = net.flops_per_token(datamodule.window - 1)
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     clock = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
@@ -385,7 +387,8 @@ def record(
         "flops_per_token": flops,
         "state_size": net.state_size(datamodule.window - 1),
         "backends": used_backends(),
-        "steps": trainer.global_step,
+        "steps": steps,
+        "ended": module.ended,
         "tokens": tokens,
         "training_flops": 3 * flops * tokens,
         "tokens_per_second": clock.rate if clock else None,
@@ -398,4 +401,8 @@ def record(
         "intervals": intervals({name: pair for name, pair in module.counts.items() if name in metrics}),
         "chance": datamodule.chance(),
     }
-    write_json(output_dir / "results.json", result)
+    path = output_dir / "results.json"
+    before = Run(output_dir).results.get("config_hash")
+    if before is not None and before != identity:
+        path.rename(output_dir / f"results-{before}.json")
+    write_json(path, result)

@@ -93,6 +93,12 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+def evaluation(folder: Path) -> dict[str, Any]:
+    """What the only evaluation in ``folder`` wrote down."""
+    (path,) = folder.glob("evaluation_*.json")
+    return json.loads(path.read_text())
+
+
 def same(a: Any, b: Any) -> bool:
     """Bit-for-bit equality of nested containers of tensors and plain values."""
     if isinstance(a, dict):

@@ -1,12 +1,11 @@
 """Runs on the tasks that are not Depo: trained, scored, scored again by ``src/evaluate.py``, and on two processes."""
 
-import json
 
 import pytest
 
 from src.config import ConfigError
 from src.evaluate import evaluate
-from tests.runs import command, compose_run, main, results, tiny_run
+from tests.runs import command, compose_run, evaluation, main, results, tiny_run
 
 SMALL = ["data.window=48", "data.batch_size=4", "data.eval_batch_size=4", "data.val_windows=6", "data.test_windows=6"]
 ANSWERS = ["data.val_answers=6", "data.test_answers=10"]
@@ -47,7 +46,7 @@ def test_every_task_trains_and_is_scored_the_same_twice(name, tmp_path, capsys):
     again = tmp_path / "again"
     again.mkdir()
     evaluate(compose_run(again, f"ckpt_path={tmp_path}", f"paths.output_dir={again}", config_name="evaluate"))
-    found = json.loads((again / "results.json").read_text())
+    found = evaluation(again)
     for key in ("intervals", "metrics"):
         assert found[key] == {k: v for k, v in written[key].items() if k.startswith("test/")}
     assert "95% interval" in capsys.readouterr().out

@@ -56,6 +56,9 @@ class Lines(Callback):
         print(f"step {step:>{len(str(total))}}/{total}  " + "  ".join(shown), flush=True)
 
 
-def Progress() -> Callback:
+class Progress(Callback):
     """A bar on a terminal, lines elsewhere."""
-    return Bar(leave=True) if sys.stdout.isatty() else Lines()
+
+    def __new__(cls) -> Any:
+        """One of the two."""
+        return Bar(leave=True) if sys.stdout.isatty() else Lines()

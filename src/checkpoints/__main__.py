@@ -17,8 +17,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from src.checkpoints.files import CheckpointError, find_checkpoint, problem_of, read_checkpoint
-from src.checkpoints.integrity import by_age, damage
+from src.checkpoints.files import CheckpointError, find_checkpoint, newest_first, problem_of, read_checkpoint
 from src.checkpoints.io import write_checkpoint
 from src.checkpoints.sharded import describe, is_sharded, write_shards
 
@@ -46,7 +45,7 @@ def inspect(path: Path) -> int:
     rows["bytes"] = (
         f"{sum(f.stat().st_size for f in (found.rglob('*') if found.is_dir() else [found]) if f.is_file()):,}"
     )
-    problem = damage(found)
+    problem = problem_of(found, thorough=True)
     rows["whole"] = "yes" if problem is None else f"no: {problem}"
     width = max(len(name) for name in rows)
     for name, value in rows.items():
@@ -59,7 +58,7 @@ def verify(paths: list[Path]) -> int:
     broken = 0
     for path in paths:
         for checkpoint in _all(path):
-            problem = problem_of(checkpoint)
+            problem = problem_of(checkpoint, thorough=True)
             broken += problem is not None
             told = problem or f"step {read_checkpoint(checkpoint, tensors='none')['global_step']:,}"
             print(f"{'damaged' if problem else 'whole':<8} {checkpoint}  {told}")
@@ -70,10 +69,7 @@ def _all(path: Path) -> list[Path]:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folder.is_dir() or is_sharded(folder):
         return [find_checkpoint(path)]
-    found = by_age(folder)
-    found += sorted(folder.glob("best_*.ckpt"))
-    if (final := folder / "final.ckpt").exists():
-        found.append(final)
+    found = newest_first(folder) + sorted(folder.glob("best_*.ckpt"))
     if not found:
         raise CheckpointError(f"{path}: no checkpoint in there")
     return found

@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from src.build import model_from_config
-from src.checkpoints.integrity import CHECKPOINT_FORMAT, PREFIX, by_age, damage, step_of
-from src.checkpoints.sharded import META, is_sharded, read_metadata, read_shards
+from src.checkpoints.integrity import CHECKPOINT_FORMAT, PREFIX, damage, step_of
+from src.checkpoints.sharded import META, check_shards, is_sharded, read_metadata, read_shards
 from src.components.backbone import Backbone
 from src.config import ConfigError
-
-_REPEAT = "Repeat that run's own overrides; its folder keeps them in .hydra/overrides.yaml"
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +53,42 @@ def _opened(path: Path, tensors: Tensors) -> dict[str, Any]:
             checkpoint = torch.load(path / META, weights_only=True) | {"state_dict": {}}
         else:
             checkpoint = read_shards(path, optimizer=tensors == "all")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = _reason(error)
-        raise CheckpointError(f"checkpoint {path} cannot be opened as plain data: {reason}") from error
+    except Exception as error:  # bytes that are no checkpoint can mean anything
+        raise CheckpointError(f"checkpoint {path} cannot be opened as plain data: {_reason(error)}") from error
+    _check_contents(checkpoint, path)
+    return checkpoint
+
+
+# What a checkpoint of this project holds, and of which kind it is; what else there is, Lightning and its callbacks read.
+_CONTENTS = {"config": dict, "state_dict": dict, "global_step": int}
+_OPTIONAL = {"data": dict, "pending_metrics": dict, "validated": dict, "ended": dict, "seconds": float, "epoch": int}
+
+
+def _check_contents(checkpoint: Any, path: Path) -> None:
+    """Raises a CheckpointError unless a checkpoint holds what the rest of the program takes for granted."""
     if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it has no 'config' and 'state_dict'")
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {checkpoint.get('format')!r}; this version reads {CHECKPOINT_FORMAT}"
+            f"{path} has checkpoint format {str(checkpoint.get('format'))[:50]!r}; this version reads {CHECKPOINT_FORMAT}"
         )
-    return checkpoint
+    for key, kind in (_CONTENTS | _OPTIONAL).items():
+        value = checkpoint.get(key)
+        if not (isinstance(value, kind) or (value is None and key in _OPTIONAL) or (kind is float and type(value) is int)):
+            raise CheckpointError(f"{path} is damaged or foreign: its {key!r} is a {type(value).__name__}")
+    for section in ("model", "trainer", "data"):
+        if not isinstance(checkpoint["config"].get(section), dict):
+            raise CheckpointError(f"{path} is damaged or foreign: its configuration has no section {section!r}")
+    for name, tensor in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_filled(tensor):
+            raise CheckpointError(f"{path} is damaged or foreign: {str(name)[:100]!r} among its weights is no plain tensor")
+
+
+def _is_filled(tensor: Tensor) -> bool:
+    """Whether every number of a tensor lies in the file: strides can make a few bytes look like a thousand gigabytes."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _reason(error: Exception) -> str:
@@ -77,15 +102,26 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def problem_of(path: Path) -> str | None:
-    """Why nothing can go on from a checkpoint, in words: its bytes have changed, or they are none of this project's. None if it can."""
+def problem_of(path: Path, *, thorough: bool = False) -> str | None:
+    """Why nothing can go on from a checkpoint, in words; None if it can.
+
+    Its bytes have changed, they are none of this project's, or they hold more than plain data.
+
+    Args:
+        path: a file or a folder of shards.
+        thorough: open every piece of a folder of shards too.
+    """
     found = damage(path)
     if found is not None:
         return found
     try:
         _opened(path, "none")
+        if thorough and is_sharded(path):
+            check_shards(path)
     except CheckpointError as error:
         return str(error)
+    except Exception as error:
+        return _reason(error)
     return None
 
 
@@ -99,31 +135,50 @@ def first_whole(candidates: Iterable[Path]) -> Path | None:
     return None
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """A run's checkpoints but the best, ordered by the optimizer step that each *holds*, whatever it is called.
+
+    ``final.ckpt`` comes first among those of the same step: it knows that training is over. One that cannot be opened has
+    the step that its name says.
+    """
+    rank = {"final.ckpt": 0, "last.ckpt": 2}
+    numbered = (path for path in folder.glob("step*.ckpt") if step_of(path) >= 0)
+    there = {path.resolve(): path for path in (folder / "last.ckpt", *numbered, folder / "final.ckpt") if path.exists()}
+    return sorted(there.values(), key=lambda path: (-_recorded_step(path), rank.get(path.name, 1), path.name))
+
+
+def _recorded_step(path: Path) -> int:
+    try:
+        return int(_opened(path, "none")["global_step"])
+    except CheckpointError:
+        return step_of(path)
+
+
 def newest_whole(folder: Path, below: int | None = None) -> Path | None:
-    """The newest numbered checkpoint that one can go on from.
+    """The newest checkpoint that one can go on from.
 
     Args:
         folder: a run's ``checkpoints``.
         below: only of steps before this one.
     """
-    return first_whole(path for path in by_age(folder) if below is None or step_of(path) < below)
+    return first_whole(path for path in newest_first(folder) if below is None or _recorded_step(path) < below)
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means.
 
-    A file, or a folder of shards, means itself. The folder of a run means its ``final.ckpt``, else the newest of its checkpoints;
-    one that is damaged is reported and the one before it taken.
+    A file, or a folder of shards, means itself. The folder of a run means the checkpoint of its latest step; one that is damaged is
+    reported and the one before it taken. ``~`` is the user's own folder.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
+    path = path.expanduser()
     if path.is_file() or is_sharded(path):
         return path
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        candidates = [folder / "final.ckpt", *by_age(folder), folder / "last.ckpt"]
-        there = [candidate for candidate in candidates if candidate.exists()]
+        there = newest_first(folder)
         if (whole := first_whole(there)) is not None:
             return whole
         found = sorted(str(file.relative_to(path)) for file in path.rglob("*.ckpt"))[:5]
@@ -135,6 +190,8 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError(
             f"ckpt_path={path}: a link to {path.readlink()}, which is not there; ckpt_path=auto takes the newest"
         )
+    if path.exists():
+        raise CheckpointError(f"ckpt_path={path}: neither a file nor a folder")
     if path.parent == Path() and get_close_matches(path.name, ["auto"]):
         raise CheckpointError(f"ckpt_path={path}: no such file; did you mean auto?")
     parent = next((p for p in path.parents if p.is_dir()), Path())
@@ -158,12 +215,13 @@ def to_resume(path: str | None, output_dir: Path) -> Path | None:
     if path == "auto":
         folder = output_dir / "checkpoints"
         return find_checkpoint(output_dir) if folder.is_dir() and any(folder.glob("*.ckpt")) else None
-    found = find_checkpoint(Path(path))
-    if found != Path(path):  # a folder, in which a whole one has been looked for
+    asked = Path(path).expanduser()
+    found = find_checkpoint(asked)
+    if found != asked:  # a folder, in which a whole one has been looked for
         return found
     problem = problem_of(found)
     if problem is not None:
-        others = (other for other in by_age(found.parent) if other.resolve() != found.resolve())
+        others = (other for other in newest_first(found.parent) if other.resolve() != found.resolve())
         whole = next((other for other in others if problem_of(other) is None), None)
         advice = f"the newest whole one beside it is {whole}" if whole else "there is no whole one beside it"
         raise CheckpointError(f"ckpt_path={found} is damaged: {problem}; {advice}")
@@ -171,7 +229,7 @@ def to_resume(path: str | None, output_dir: Path) -> Path | None:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
-    """Opens the model in a checkpoint, in evaluation mode: no Trainer, no command line.
+    """Opens the model in a checkpoint, in evaluation mode: no Trainer, no command line, and nothing in the file is run.
 
     Args:
         path: a checkpoint, or the folder of a run.
@@ -179,84 +237,35 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Backbone
 
     Returns:
         The model, ``ids [B, T] int64 -> logits [B, T, V]``.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it describes no model that this version can build.
     """
-    return model_from_checkpoint(read_checkpoint(path, tensors="model")).to(device).eval()
+    found = find_checkpoint(Path(path))
+    return model_from_checkpoint(_opened(found, "model"), found).to(device).eval()
 
 
-def model_from_checkpoint(checkpoint: dict[str, Any]) -> Backbone:
-    """Builds the model that a checkpoint's configuration describes, and fills in its weights."""
-    # Built on the meta device: initial weights that are about to be replaced need not be drawn.
-    net = model_from_config(checkpoint["config"]["model"], device="meta")
+def model_from_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> Backbone:
+    """Builds the model that a checkpoint's configuration describes, and fills in its weights.
+
+    Args:
+        checkpoint: as ``read_checkpoint`` returns it.
+        path: where it came from, for messages.
+
+    Raises:
+        CheckpointError: the configuration is that of no model, or of another one than the weights.
+    """
     weights = {name.removeprefix(PREFIX): w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
-    net.load_state_dict(weights, assign=True)
+    model_config = checkpoint["config"]["model"]
+    depth = model_config.get("depth")
+    if isinstance(depth, int) and depth > len(weights):  # before a million blocks are built
+        raise CheckpointError(f"checkpoint {path}: model.depth={depth:,}, but it holds {len(weights)} tensors")
+    try:
+        # Built on the meta device: initial weights that are about to be replaced need not be drawn.
+        net = model_from_config(model_config, device="meta")
+        net.load_state_dict(weights, assign=True)
+    except Exception as error:  # whatever a constructor says of arguments that make no sense
+        raise CheckpointError(f"checkpoint {path} holds no model that can be built here: {str(error)[:1000]}") from error
     if net.tie_embeddings:
         net.head.weight = net.embedding.weight
     return net
-
-
-def check_same_model(checkpoint: dict[str, Any], model_config: dict[str, Any], path: str | Path) -> None:
-    """Raises a CheckpointError naming every setting in which a checkpoint's model differs from this run's."""
-    _refuse_differences(
-        f"ckpt_path={path} holds another model than this run builds",
-        _flatten(model_config, "model"),
-        _flatten(checkpoint["config"]["model"], "model"),
-        lambda key: key in ("model.seed", "model.canon.init") or key.endswith(".backend") or ".initialization." in key,
-    )
-
-
-def check_same_recipe(
-    checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path, *, own: bool = False
-) -> None:
-    """Raises a CheckpointError when a run could not be *continued* as configured: another optimizer, schedule, loss or batch.
-
-    The optimizer's state holds its own settings, and the place in the data is step x batch size: both would silently win over
-    the command line. Only the number of steps may change, and that is said.
-
-    ``own``: it is in the run's own folder. There one of the very last step is no mistake: the run was stopped in its test.
-    """
-    step, last = checkpoint["global_step"], plain["trainer"]["max_steps"]
-    if step > last or (step == last and not own):
-        raise CheckpointError(
-            f"ckpt_path={path} is at step {step}, and trainer.max_steps={last}: nothing is left to train. "
-            "Raise trainer.max_steps, or test it with train=false"
-        )
-    sections = ("optimizer", "scheduler", "loss", "data")
-    ours = _flatten({name: plain[name] for name in sections})
-    theirs = _flatten({name: checkpoint["config"][name] for name in sections})
-    free = {"scheduler.total_steps", "optimizer.fused", "loss.fused", "data.num_workers", "data.cache_dir", "data.path"}
-    free |= {"data.eval_batch_size", "data.val_windows", "data.test_windows"}
-    what = f"ckpt_path={path} was trained with other settings than this run has"
-    _refuse_differences(what, ours, theirs, free.__contains__)
-    if ours["scheduler.total_steps"] != theirs["scheduler.total_steps"]:
-        total = theirs["scheduler.total_steps"]
-        log.warning(
-            f"resuming a run of {total} steps as one of {last}: the learning rate follows the new schedule from here"
-        )
-
-
-def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], path: str | Path) -> None:
-    """Raises a CheckpointError when the data is not what the checkpoint was trained on (another corpus, another tokeniser)."""
-    what = f"ckpt_path={path} was trained on other data than there is here"
-    _refuse_differences(what, _flatten(fingerprint), _flatten(checkpoint["data"]), lambda key: False)
-
-
-def _refuse_differences(
-    what: str, ours: dict[str, Any], theirs: dict[str, Any], may_differ: Callable[[str], bool]
-) -> None:
-    """Raises a CheckpointError that begins with ``what`` and lists every key whose values differ and may not."""
-    differing = [
-        f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} here"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and not may_differ(key)
-    ]
-    if differing:
-        raise CheckpointError(f"{what}: {'; '.join(differing)}. {_REPEAT}")
-
-
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -23,6 +23,7 @@ from src.components.canon import Canon, CanonConfig
 from src.components.feedforward import FeedForward
 from src.components.initialization import Initialization, Initializer
 from src.components.mixers.base import Mixer, State
+from src.components.mixture_of_experts import MixtureOfExperts
 from src.components.norm import RMSNorm
 from src.components.tensor_parallel import TensorGroup
 
@@ -54,7 +55,7 @@ class Backbone(nn.Module):
         dim: int,
         depth: int,
         mixers: Mapping[str, Callable[..., Mixer]],
-        feedforward: Callable[..., FeedForward] | None = FeedForward,
+        feedforward: Callable[..., FeedForward | MixtureOfExperts] | None = FeedForward,
         pattern: str = "T",
         canon: CanonConfig | None = None,
         norm_eps: float = 1e-5,

@@ -73,6 +73,10 @@ class StreamDataModule(L.LightningDataModule, ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data, in plain values."""
 
+    def expected_fingerprint(self) -> dict[str, Any]:
+        """What ``fingerprint`` will say, as far as that can be told without preparing the data."""
+        return self.fingerprint()
+
     def train_dataloader(self) -> StreamLoader:
         """Micro-batches from the trainer's current optimizer step on."""
         trainer = self._trainer()

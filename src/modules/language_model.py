@@ -44,8 +44,8 @@ class LanguageModel(L.LightningModule):
 
     Args:
         net: the model.
-        optimizer: called with the net's named parameters.
-        schedule: factor on the learning rate by 0-based optimizer step.
+        optimizer: called with the net's named parameters; None for a model that is only scored.
+        schedule: factor on the learning rate by 0-based optimizer step; likewise.
         loss: loss of each target.
         config: the run's resolved configuration, as plain containers; stored in every checkpoint.
         config_hash: what names it (``config.experiment_hash``); ranks compare it.
@@ -57,8 +57,8 @@ class LanguageModel(L.LightningModule):
         self,
         net: Backbone,
         *,
-        optimizer: Callable[..., Optimizer],
-        schedule: Callable[[int], float],
+        optimizer: Callable[..., Optimizer] | None = None,
+        schedule: Callable[[int], float] | None = None,
         loss: NextTokenLoss | None = None,
         config: dict[str, Any] | None = None,
         config_hash: str | None = None,
@@ -78,6 +78,8 @@ class LanguageModel(L.LightningModule):
         self.counts: dict[str, tuple[int, int]] = {}
         # What the latest validation has found; a resumed run may have ended before the next.
         self.validated: dict[str, float] = {}
+        # How training ended, once it has: see ``fit.ending``.
+        self.ended: dict[str, Any] | None = None
         self._configured = False
         self._step_metrics: list[dict[str, Tensor]] = []
         self._loss_of_step = torch.zeros(())
@@ -110,9 +112,12 @@ class LanguageModel(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule stepped after every update."""
+        schedule = self.schedule
+        if self.build_optimizer is None or schedule is None:
+            raise RuntimeError("this module was built to be scored: training needs an optimizer and a schedule")
         optimizer = self.build_optimizer(self.net.named_parameters())
         # A function rather than the schedule itself, whose attributes LambdaLR would write into every checkpoint.
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step))  # noqa: PLW0108
+        scheduler = LambdaLR(optimizer, lambda step: schedule(step))  # noqa: PLW0108
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ---- training --------------------------------------------------------------------------------------------------
@@ -243,6 +248,7 @@ class LanguageModel(L.LightningModule):
         checkpoint["pending_metrics"] = self._pending_metrics()
         counts = {name: pair for name, pair in self.counts.items() if name.startswith("val/")}
         checkpoint["validated"] = {"metrics": self.validated, "counts": counts}
+        checkpoint["ended"] = self.ended
         checkpoint["seconds"] = self.seconds_before + time.perf_counter() - self._since
 
     def _pending_metrics(self) -> dict[str, float]:
@@ -261,7 +267,8 @@ class LanguageModel(L.LightningModule):
         """Remembers what the last step before has logged."""
         self._unwritten = (checkpoint["global_step"] - 1, checkpoint.get("pending_metrics") or {})
         self._epoch = checkpoint["epoch"]
-        self.seconds_before = checkpoint.get("seconds", 0.0)
+        self.seconds_before = checkpoint.get("seconds") or 0.0
+        self.ended = checkpoint.get("ended")
         validated = checkpoint.get("validated") or {"metrics": {}, "counts": {}}
         self.validated, self.counts = dict(validated["metrics"]), dict(validated["counts"])
 
@@ -271,6 +278,7 @@ class LanguageModel(L.LightningModule):
         Only where the run goes on in its own folder; another one begins with what is new.
         """
         (step, metrics), self._unwritten = self._unwritten, (-1, {})
+        self.ended = None
         trainer, logs = self.trainer, [logger for logger in self.trainer.loggers if isinstance(logger, CSVLog)]
         folders = [Path(str(getattr(callback, "dirpath", ""))).resolve() for callback in trainer.checkpoint_callbacks]
         if step < 0 or Path(str(trainer.ckpt_path)).resolve().parent not in folders:
@@ -280,6 +288,7 @@ class LanguageModel(L.LightningModule):
                 logger.log_metrics(metrics | {"epoch": self._epoch}, step=step)
         every = trainer.val_check_interval
         due = isinstance(every, int) and (step + 1) * trainer.accumulate_grad_batches % every == 0
+        due = due or step + 1 == trainer.max_steps
         missing = trainer.strategy.broadcast(bool(logs) and not any(logger.has(step, "val/loss") for logger in logs))
         # A callback that keeps the best checkpoint has forgotten what it was told after this one was written.
         chosen = any(

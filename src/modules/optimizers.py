@@ -9,16 +9,7 @@ import torch
 from torch import nn
 
 
-def adamw(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.98),
-    eps: float = 1e-6,
-    weight_decay: float = 0.03,
-    no_decay: Sequence[str] = (),
-    fused: bool = True,
-) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019) with decoupled weight decay per parameter group.
 
     Args:
@@ -33,18 +24,30 @@ def adamw(
     Raises:
         ValueError: for a non-positive learning rate, or a pattern that matches no parameter.
     """
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"optimizer.lr={lr}: a positive number")
-    if weight_decay < 0 or eps < 0:
-        raise ValueError(f"optimizer.weight_decay={weight_decay}, optimizer.eps={eps}: at least 0")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.betas={list(betas)}: two numbers in [0, 1)")
-    named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    for pattern in no_decay:
-        if not any(fnmatchcase(name, pattern) for name, _ in named):
-            raise ValueError(f"optimizer.no_decay: {pattern!r} matches no parameter; one is called {named[0][0]!r}")
-    exempt = [p for name, p in named if any(fnmatchcase(name, pattern) for pattern in no_decay)]
-    decaying = [p for name, p in named if not any(fnmatchcase(name, pattern) for pattern in no_decay)]
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.03,
+        no_decay: Sequence[str] = (),
+        fused: bool = True,
+    ):
+        if not 0 < lr < float("inf"):
+            raise ValueError(f"optimizer.lr={lr}: a positive number")
+        if weight_decay < 0 or eps < 0:
+            raise ValueError(f"optimizer.weight_decay={weight_decay}, optimizer.eps={eps}: at least 0")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"optimizer.betas={list(betas)}: two numbers in [0, 1)")
+        named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+        for pattern in no_decay:
+            if not any(fnmatchcase(name, pattern) for name, _ in named):
+                raise ValueError(f"optimizer.no_decay: {pattern!r} matches no parameter; one is called {named[0][0]!r}")
+        exempt = [p for name, p in named if any(fnmatchcase(name, pattern) for pattern in no_decay)]
+        decaying = [p for name, p in named if not any(fnmatchcase(name, pattern) for pattern in no_decay)]
+        groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)

@@ -10,12 +10,12 @@ import torch
 
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.checkpoints.__main__ import main
-from src.checkpoints.files import find_checkpoint, newest_whole, problem_of, to_resume
+from src.checkpoints.files import find_checkpoint, newest_first, newest_whole, problem_of, to_resume
 from src.checkpoints.integrity import damage
 from src.checkpoints.sharded import read_metadata
 from src.evaluate import evaluate
 from tests.runs import main as main_of
-from tests.runs import results, same, tiny_run
+from tests.runs import evaluation, same, tiny_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint_0.1.0.ckpt"
 EVERY = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.save_top_k=-1"]
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_the_previous_release_opens(tmp_path):
     assert damage(FIXTURE) is None
     assert read_checkpoint(FIXTURE)["global_step"] == expected["step"]
     main_of(evaluate, "evaluate", f"ckpt_path={FIXTURE}", f"hydra.run.dir={tmp_path}")
-    assert results(tmp_path)["metrics"]["test/loss"] > 0
+    assert evaluation(tmp_path)["metrics"]["test/loss"] > 0
 
 
 def test_the_command(run, tmp_path, capsys):
@@ -194,7 +194,13 @@ def test_the_command(run, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nothing.ckpt")]) == 2
 
 
-def test_a_folder_means_its_final_checkpoint_or_the_newest(run):
+def test_a_folder_means_the_checkpoint_of_its_latest_step_whatever_its_name(run):
     assert find_checkpoint(run).name == "step00000004.ckpt"
     shutil.copy(run / "checkpoints" / "step00000002.ckpt", run / "checkpoints" / "final.ckpt")
+    assert find_checkpoint(run).name == "step00000004.ckpt"
+    shutil.copy(run / "checkpoints" / "step00000004.ckpt", run / "checkpoints" / "final.ckpt")
     assert find_checkpoint(run).name == "final.ckpt"
+    (run / "checkpoints" / "step00000001.ckpt").rename(run / "checkpoints" / "step00000009.ckpt")
+    assert [path.name for path in newest_first(run / "checkpoints")] == [
+        *("final.ckpt", "step00000004.ckpt", "step00000003.ckpt", "step00000002.ckpt", "step00000009.ckpt")
+    ]

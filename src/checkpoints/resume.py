@@ -1,0 +1,163 @@
+"""May a run go on from a checkpoint, or would it be another run under the same name?
+
+All that names a computation (``src/config/identity.py``) must be the same on both sides, except for what is listed here: how the same steps are
+computed, how many there are, and how they are watched. What differs all the same is said.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from src.checkpoints.files import CheckpointError
+from src.config import ConfigError
+from src.config.identity import computed
+from src.config.registry import class_of, section_of
+from src.config.schema import PARTIAL, TARGET
+
+log = logging.getLogger(__name__)
+
+_REPEAT = "Repeat that run's own overrides; its folder keeps them in .hydra/overrides.yaml"
+
+# Shell patterns of keys, each for itself and all below it.
+MAY_DIFFER = (
+    # On what the same steps are computed, and by which kernels.
+    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches")),
+    *(f"trainer.{key}" for key in ("use_distributed_sampler", "benchmark", "deterministic", "detect_anomaly")),
+    *("compile", "optimizer.fused", "loss.fused", "model.*.backend", "model.*backend"),
+    # How many steps there are.
+    *(f"trainer.{key}" for key in ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs")),
+    *("trainer.limit_train_batches", "scheduler.total_steps"),
+    # How they are watched and scored.
+    *(f"trainer.{key}" for key in ("val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps")),
+    *("trainer.limit_val_batches", "trainer.limit_test_batches", "trainer.enable_*", "trainer.inference_mode"),
+    *("train", "test", "data.num_workers", "data.cache_dir", "data.path", "data.eval_batch_size"),
+    *("data.val_windows", "data.test_windows", "data.val_answers", "data.test_answers"),
+    # What is done about a bad step is decided when there is one.
+    "callbacks.guard",
+)
+# What ends training; a run that was over under other values of these may have more to do.
+ENDS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.limit_train_batches", "callbacks")
+# Sections that others refer to, and that say nothing by themselves.
+_INGREDIENTS = ("size", "position", "canon")
+
+
+def check_same_run(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path) -> None:
+    """Raises a CheckpointError that names every setting in which the run of a checkpoint differs from this one and must not.
+
+    Args:
+        checkpoint: as ``read_checkpoint`` returns it.
+        plain: the configuration of this run, with ``model.vocab_size`` filled in.
+        path: of the checkpoint, for the message.
+    """
+    differing = differences(checkpoint["config"], plain)
+    refused = {key: pair for key, pair in differing.items() if not _is_under(key, MAY_DIFFER)}
+    if refused:
+        raise CheckpointError(
+            f"ckpt_path={path} was trained with other settings than this run has: {_told(refused)}. {_REPEAT}"
+        )
+    if said := {key: pair for key, pair in differing.items() if not key.startswith("scheduler.")}:
+        log.warning(f"going on with other settings than before: {_told(said)}")
+    if "scheduler.total_steps" in differing:
+        before, now = differing["scheduler.total_steps"]
+        log.warning(f"resuming a run of {before} steps as one of {now}: the learning rate follows the new schedule from here")
+
+
+def check_steps_left(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path, *, own: bool) -> None:
+    """Raises a CheckpointError when a checkpoint leaves nothing to train.
+
+    ``own``: it is in the run's own folder. There one of the very last step is no mistake: the run was stopped in its test.
+    """
+    step, last = checkpoint["global_step"], plain["trainer"]["max_steps"]
+    if step > last or (step == last and not own):
+        raise CheckpointError(
+            f"ckpt_path={path} is at step {step}, and trainer.max_steps={last}: nothing is left to train. "
+            "Raise trainer.max_steps, or test it with train=false"
+        )
+
+
+def is_over(checkpoint: dict[str, Any], plain: dict[str, Any]) -> bool:
+    """Whether a checkpoint was written when training had ended, and what ended it would end it again."""
+    return bool(checkpoint.get("ended")) and not any(
+        _is_under(key, ENDS) for key in differences(checkpoint["config"], plain)
+    )
+
+
+def check_same_model(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path) -> None:
+    """Raises a CheckpointError naming every setting in which a checkpoint's model differs from the one to be tested."""
+    differing = {
+        key: pair
+        for key, pair in differences(checkpoint["config"], plain).items()
+        if (key.startswith("model.") or key == "seed") and not _is_under(key, MAY_DIFFER)
+    }
+    if differing:
+        raise CheckpointError(f"ckpt_path={path} holds another model than this run builds: {_told(differing)}. {_REPEAT}")
+
+
+def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], path: str | Path) -> None:
+    """Raises a CheckpointError when the data is not what the checkpoint was trained on (another corpus, another tokeniser)."""
+    if differing := _pairs(_flatten(checkpoint["data"] or {}), _flatten(fingerprint)):
+        raise CheckpointError(f"ckpt_path={path} was trained on other data than there is here: {_told(differing)}. {_REPEAT}")
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Every key whose values differ in what they compute, with both; an argument left out is one at its default.
+
+    Args:
+        theirs: a resolved configuration.
+        ours: another.
+    """
+    whole = [{key: value for key, value in computed(c).items() if key not in _INGREDIENTS} for c in (theirs, ours)]
+    significant = [{key: _without_defaults(value, key) for key, value in config.items()} for config in whole]
+    shown = [_flatten(config) for config in whole]
+    return {key: (shown[0].get(key), shown[1].get(key)) for key in _pairs(*map(_flatten, significant))}
+
+
+def _without_defaults(node: Any, where: str) -> Any:
+    """An option that did not exist when a checkpoint was written makes no difference while it is left at its default."""
+    if not isinstance(node, dict):
+        return node
+    defaults: dict[str, Any] = {}
+    if TARGET in node:
+        try:
+            parameters = inspect.signature(class_of(node[TARGET], where, section_of(where))).parameters
+        except ConfigError:  # a class of another version: its values stand for themselves
+            parameters = {}
+        defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        defaults |= {PARTIAL: False}
+    return {
+        key: _without_defaults(value, f"{where}.{key}")
+        for key, value in node.items()
+        if not (key in defaults and _equal(value, defaults[key]))
+    }
+
+
+def _equal(value: Any, default: Any) -> bool:
+    if value is None or default is None or isinstance(value, bool) or isinstance(default, bool):
+        return value is default
+    return isinstance(value, str | int | float | list) and value == (list(default) if isinstance(default, tuple) else default)
+
+
+def _pairs(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    keys = sorted(theirs.keys() | ours.keys())
+    return {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
+
+
+def _is_under(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*") for pattern in patterns)
+
+
+def _told(differing: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key}: {there!r} there, {here!r} here" for key, (there, here) in differing.items())
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,140 @@
+"""Training from the start or a checkpoint to its end, and why it ended.
+
+    as planned     ``trainer.max_steps`` optimizer steps
+    otherwise      a callback stopped it (early stopping), its time was up (``trainer.max_time``), or its epochs were over
+
+Whatever the reason, the last step is validated, so that validation and test scores are of the same weights, and ``final.ckpt`` says that
+training is over: a run that is killed in its test is only tested when it is started again.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.loops.fit_loop import _FitLoop as _LightningFitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+from src.callbacks.heartbeat import RankLost, lost_rank
+from src.callbacks.preemption import Preempted, wait_for_files
+from src.config import RunError
+from src.datamodules.base import StreamDataModule
+from src.modules.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+def fit(
+    trainer: L.Trainer,
+    module: LanguageModel,
+    datamodule: StreamDataModule,
+    checkpoint: str | None,
+    output_dir: Path,
+    planned: int,
+) -> None:
+    """Trains, and writes ``checkpoints/final.ckpt``; an interruption says how to go on.
+
+    Args:
+        trainer: with the run's callbacks and loggers.
+        module: what is trained; ``module.ended`` says afterwards how training ended.
+        datamodule: its data.
+        checkpoint: to go on from.
+        output_dir: of the run.
+        planned: optimizer steps of the whole run.
+
+    Raises:
+        RankLost: another process of the run has died.
+        RunError: a data worker has died, or there is no room for the final checkpoint.
+    """
+    folder = output_dir / "checkpoints"
+    try:
+        trainer.fit_loop.__class__ = _FitLoop
+        trainer.fit_loop.epoch_loop.__class__ = _EpochLoop
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except Preempted:
+        raise
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # PyTorch says one or the other, depending on what it was waiting for when the process died.
+        if datamodule.num_workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)):
+            raise RunError(
+                f"a DataLoader worker, a process that prepares batches, has died ({error}); out of memory is the usual reason. Go on "
+                "with ckpt_path=auto; data.num_workers=0 prepares batches in the training process"
+            ) from error
+        if not isinstance(error, RuntimeError):
+            raise
+        if trainer.world_size > 1 and lost_rank(error):
+            raise RankLost(trainer.global_rank, error) from error
+        raise
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        kept = folder / "last.ckpt"
+        advice = (
+            f"the newest checkpoint is {kept.resolve().name}" if kept.exists() else "no checkpoint had been written yet"
+        )
+        log.warning(f"interrupted at step {trainer.global_step} of {trainer.max_steps}; {advice}")
+        raise
+    module.ended = ending(trainer, planned)
+    if module.ended["why"] != PLANNED:
+        log.warning(f"training ended after step {module.ended['step']} of {planned}: {module.ended['why']}")
+    log_at_step(trainer, trainer.global_step)
+    trainer.save_checkpoint(folder / "final.ckpt")
+    wait_for_files(trainer)
+    if getattr(trainer.strategy.checkpoint_io, "failed", None):
+        raise RunError(f"no room for the final checkpoint in {folder}; free some and go on with ckpt_path=auto")
+
+
+PLANNED = "as planned"
+
+
+def ending(trainer: L.Trainer, planned: int) -> dict[str, Any]:
+    """How training ended: ``step``, ``planned`` (steps) and ``why``, in words.
+
+    Args:
+        trainer: whose training has ended.
+        planned: optimizer steps of the whole run.
+    """
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    why = PLANNED
+    if trainer.global_step < planned:
+        stopped = [c for c in callbacks if isinstance(c, EarlyStopping) and c.stopped_epoch or getattr(c, "stopped", None)]
+        if any(isinstance(c, Timer) and (c.time_remaining() or 0) <= 0 for c in callbacks):
+            why = "the time that it was given is over (trainer.max_time)"
+        elif trainer.fit_loop.epoch_progress.current.processed >= (trainer.max_epochs or -1) > 0:
+            why = f"trainer.max_epochs={trainer.max_epochs} are over"
+        elif trainer.should_stop or stopped:
+            names = [type(c).__name__ for c in stopped] or ["a callback"]
+            why = f"{', '.join(names)} stopped it"
+        else:
+            why = "the trainer's limits (trainer.fast_dev_run, trainer.limit_train_batches) ended it"
+    return {"step": trainer.global_step, "planned": planned, "why": why}
+
+
+def log_at_step(trainer: L.Trainer, step: int, epoch: int | None = None) -> None:
+    """Under which step Lightning logs what follows, a test say: it knows only of steps that it has seen itself."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+    if epoch is not None:
+        trainer.fit_loop.epoch_progress.current.completed = epoch
+
+
+class _FitLoop(_LightningFitLoop):
+    @property
+    def done(self) -> bool:
+        """Lightning's own leaves out the end of an epoch of which a checkpoint holds all steps, and with it a validation that is due."""
+        epoch: Any = self.epoch_progress.current
+        return super().done and epoch.processed >= epoch.started
+
+
+class _EpochLoop(_TrainingEpochLoop):
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        """The last step of all is validated too, whatever ``val_check_interval`` says."""
+        if super()._should_check_val_fx(data_fetcher):
+            return True
+        last = self.global_step >= self.trainer.max_steps > 0 and not self._should_accumulate()
+        return last and self.trainer.enable_validation
+
+    def reset(self) -> None:
+        """Lightning adds one to the number of steps that it has logged, also after a checkpoint that had counted them all."""
+        super().reset()
+        self._batches_that_stepped = self.global_step
