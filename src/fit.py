@@ -98,17 +98,20 @@ def ending(trainer: L.Trainer, planned: int) -> dict[str, Any]:
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     why = PLANNED
     if trainer.global_step < planned:
-        stopped = [c for c in callbacks if isinstance(c, EarlyStopping) and c.stopped_epoch or getattr(c, "stopped", None)]
+        reasons = [f"{type(c).__name__}: {c.stopping_reason_message}" for c in callbacks if _has_stopped(c)]
         if any(isinstance(c, Timer) and (c.time_remaining() or 0) <= 0 for c in callbacks):
             why = "the time that it was given is over (trainer.max_time)"
         elif trainer.fit_loop.epoch_progress.current.processed >= (trainer.max_epochs or -1) > 0:
             why = f"trainer.max_epochs={trainer.max_epochs} are over"
-        elif trainer.should_stop or stopped:
-            names = [type(c).__name__ for c in stopped] or ["a callback"]
-            why = f"{', '.join(names)} stopped it"
+        elif trainer.should_stop:
+            why = "; ".join(reasons) or "a callback stopped it"
         else:
             why = "the trainer's limits (trainer.fast_dev_run, trainer.limit_train_batches) ended it"
     return {"step": trainer.global_step, "planned": planned, "why": why}
+
+
+def _has_stopped(callback: Any) -> bool:
+    return isinstance(callback, EarlyStopping) and callback.stopping_reason_message is not None
 
 
 def log_at_step(trainer: L.Trainer, step: int, epoch: int | None = None) -> None:

@@ -68,7 +68,7 @@ def _missing(config: DictConfig, key: str) -> str | None:
         if not OmegaConf.is_dict(node):
             return f"{key}: {'.'.join(path)} is a value, it has no key {part!r}"
         if part not in node:
-            if _is_argument(node, '.'.join(path), part):
+            if _is_argument(node, ".".join(path), part):
                 return f"{key}: not set in the configuration so far; to add it write +{key}=..."
             where = ".".join(path)
             if not path and (Path(CONFIG_DIR) / part).is_dir() and key != part:

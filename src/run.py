@@ -86,7 +86,11 @@ def finished_before(plain: dict[str, Any], identity: str, output_dir: Path) -> d
     datamodule: StreamDataModule = instantiate(plain["data"], "data")
     refuse_changed_data(earlier.results.get("data"), datamodule.expected_fingerprint(), output_dir)
     ended = earlier.results.get("ended") or {}
-    early = f", after step {ended['step']} of {ended['planned']} ({ended['why']})" if ended.get("why", PLANNED) != PLANNED else ""
+    early = (
+        f", after step {ended['step']} of {ended['planned']} ({ended['why']})"
+        if ended.get("why", PLANNED) != PLANNED
+        else ""
+    )
     log.info(f"{output_dir}: this run has finished before{early}, its results stand")
     return earlier.metrics
 
@@ -174,7 +178,9 @@ def _run(
             if not over:
                 check_steps_left(opened, plain, checkpoint, own=own)
             check_same_run(opened, plain, checkpoint)
-            log.info(f"{checkpoint}: {'training is over, testing' if over else 'going on'} after step {opened['global_step']}")
+            log.info(
+                f"{checkpoint}: {'training is over, testing' if over else 'going on'} after step {opened['global_step']}"
+            )
     module = build_module(plain, net, config_hash=identity)
     introduce(plain, net, datamodule, output_dir)
 

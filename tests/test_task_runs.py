@@ -1,6 +1,5 @@
 """Runs on the tasks that are not Depo: trained, scored, scored again by ``src/evaluate.py``, and on two processes."""
 
-
 import pytest
 
 from src.config import ConfigError

@@ -74,14 +74,18 @@ def _check_contents(checkpoint: Any, path: Path) -> None:
         )
     for key, kind in (_CONTENTS | _OPTIONAL).items():
         value = checkpoint.get(key)
-        if not (isinstance(value, kind) or (value is None and key in _OPTIONAL) or (kind is float and type(value) is int)):
+        if not (
+            isinstance(value, kind) or (value is None and key in _OPTIONAL) or (kind is float and type(value) is int)
+        ):
             raise CheckpointError(f"{path} is damaged or foreign: its {key!r} is a {type(value).__name__}")
     for section in ("model", "trainer", "data"):
         if not isinstance(checkpoint["config"].get(section), dict):
             raise CheckpointError(f"{path} is damaged or foreign: its configuration has no section {section!r}")
     for name, tensor in checkpoint["state_dict"].items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_filled(tensor):
-            raise CheckpointError(f"{path} is damaged or foreign: {str(name)[:100]!r} among its weights is no plain tensor")
+            raise CheckpointError(
+                f"{path} is damaged or foreign: {str(name)[:100]!r} among its weights is no plain tensor"
+            )
 
 
 def _is_filled(tensor: Tensor) -> bool:
@@ -265,7 +269,9 @@ def model_from_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> Backb
         net = model_from_config(model_config, device="meta")
         net.load_state_dict(weights, assign=True)
     except Exception as error:  # whatever a constructor says of arguments that make no sense
-        raise CheckpointError(f"checkpoint {path} holds no model that can be built here: {str(error)[:1000]}") from error
+        raise CheckpointError(
+            f"checkpoint {path} holds no model that can be built here: {str(error)[:1000]}"
+        ) from error
     if net.tie_embeddings:
         net.head.weight = net.embedding.weight
     return net

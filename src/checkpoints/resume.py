@@ -1,7 +1,7 @@
 """May a run go on from a checkpoint, or would it be another run under the same name?
 
-All that names a computation (``src/config/identity.py``) must be the same on both sides, except for what is listed here: how the same steps are
-computed, how many there are, and how they are watched. What differs all the same is said.
+All that names a computation (``src/config/identity.py``) must be the same on both sides, except for what is listed here: how the
+same steps are computed, how many there are, and how they are watched. What differs all the same is said.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def check_same_run(checkpoint: dict[str, Any], plain: dict[str, Any], path: str 
         log.warning(f"going on with other settings than before: {_told(said)}")
     if "scheduler.total_steps" in differing:
         before, now = differing["scheduler.total_steps"]
-        log.warning(f"resuming a run of {before} steps as one of {now}: the learning rate follows the new schedule from here")
+        log.warning(
+            f"resuming a run of {before} steps as one of {now}: the learning rate follows the new schedule from here"
+        )
 
 
 def check_steps_left(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path, *, own: bool) -> None:
@@ -94,13 +96,17 @@ def check_same_model(checkpoint: dict[str, Any], plain: dict[str, Any], path: st
         if (key.startswith("model.") or key == "seed") and not _is_under(key, MAY_DIFFER)
     }
     if differing:
-        raise CheckpointError(f"ckpt_path={path} holds another model than this run builds: {_told(differing)}. {_REPEAT}")
+        raise CheckpointError(
+            f"ckpt_path={path} holds another model than this run builds: {_told(differing)}. {_REPEAT}"
+        )
 
 
 def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], path: str | Path) -> None:
     """Raises a CheckpointError when the data is not what the checkpoint was trained on (another corpus, another tokeniser)."""
     if differing := _pairs(_flatten(checkpoint["data"] or {}), _flatten(fingerprint)):
-        raise CheckpointError(f"ckpt_path={path} was trained on other data than there is here: {_told(differing)}. {_REPEAT}")
+        raise CheckpointError(
+            f"ckpt_path={path} was trained on other data than there is here: {_told(differing)}. {_REPEAT}"
+        )
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -138,7 +144,9 @@ def _without_defaults(node: Any, where: str) -> Any:
 def _equal(value: Any, default: Any) -> bool:
     if value is None or default is None or isinstance(value, bool) or isinstance(default, bool):
         return value is default
-    return isinstance(value, str | int | float | list) and value == (list(default) if isinstance(default, tuple) else default)
+    return isinstance(value, str | int | float | list) and value == (
+        list(default) if isinstance(default, tuple) else default
+    )
 
 
 def _pairs(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -21,10 +21,12 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
@@ -119,7 +121,9 @@ def _check_description(found: Any, folder: Path) -> None:
         if not 0 <= place.offset <= place.offset + place.length <= sizes[name]:
             raise pickle.UnpicklingError(f"{METADATA} reaches beyond the end of {name}")
         if place.transform_descriptors:
-            raise pickle.UnpicklingError(f"{METADATA} wants {name} transformed, which no checkpoint of this project does")
+            raise pickle.UnpicklingError(
+                f"{METADATA} wants {name} transformed, which no checkpoint of this project does"
+            )
     claimed = 0
     for name, entry in found.state_dict_metadata.items():
         path = (found.planner_data or {}).get(name)
@@ -198,7 +202,18 @@ def restore(state: dict[str, Any], folder: Path) -> None:
     Raises:
         pickle.UnpicklingError: see ``read_metadata`` and ``plain_value``.
     """
-    load(state, storage_reader=_Reader(folder, read_metadata(folder)), planner=_PlainValues())
+    with _dcp_errors():
+        load(state, storage_reader=_Reader(folder, read_metadata(folder)), planner=_PlainValues())
+
+
+@contextmanager
+def _dcp_errors() -> Iterator[None]:
+    """DCP collects what went wrong on all processes in something that is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, failure = next(iter(error.failures.items()))
+        raise pickle.UnpicklingError(f"process {rank}: {failure[0]}") from error
 
 
 def read_shards(folder: Path, *, optimizer: bool = True) -> dict[str, Any]:
@@ -212,7 +227,8 @@ def read_shards(folder: Path, *, optimizer: bool = True) -> dict[str, Any]:
     prefixes = {name.partition(".")[0] for name in description.state_dict_metadata}
     keys = {p for p in prefixes if p == WEIGHTS or optimizer}
     state: dict[str, Any] = {}
-    _load_state_dict(state, storage_reader=_Reader(folder, description), planner=_Planner(keys=keys), no_dist=True)
+    with _dcp_errors():
+        _load_state_dict(state, storage_reader=_Reader(folder, description), planner=_Planner(keys=keys), no_dist=True)
     found = dict(torch.load(folder / META, map_location="cpu", weights_only=True))
     found[WEIGHTS] = state[WEIGHTS]
     optimizers = sorted(key for key in state if key.startswith(OPTIMIZER))

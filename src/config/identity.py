@@ -17,9 +17,7 @@ _LEFT_OUT = (
     *("paths", "logger", "callbacks", "name", "tags", "ckpt_path", "optimized_metric", "compare", "hydra"),
     "activation_checkpointing",  # computes the same again, bit for bit
 )
-_LEFT_OUT_OF_TRAINER = (
-    *("default_root_dir", "callbacks", "logger", "log_every_n_steps", "plugins", "profiler"),
-)
+_LEFT_OUT_OF_TRAINER = (*("default_root_dir", "callbacks", "logger", "log_every_n_steps", "plugins", "profiler"),)
 
 # Callbacks that look, write and stop in time for another attempt to go on; none of them touches a weight.
 WATCHERS = {
@@ -27,7 +25,10 @@ WATCHERS = {
     *(f"src.callbacks.{name}" for name in ("heartbeat.Heartbeat", "preemption.Preemption", "profile.Profile")),
     *(f"src.callbacks.{name}" for name in ("progress.Progress", "progress.Bar", "progress.Lines")),
     "src.callbacks.throughput.Throughput",
-    *(f"lightning.pytorch.callbacks.{name}" for name in ("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint")),
+    *(
+        f"lightning.pytorch.callbacks.{name}"
+        for name in ("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint")
+    ),
     *(f"lightning.pytorch.callbacks.{name}" for name in ("ModelSummary", "OnExceptionCheckpoint", "ProgressBar")),
     *(f"lightning.pytorch.callbacks.{name}" for name in ("RichModelSummary", "RichProgressBar", "TQDMProgressBar")),
     "lightning.pytorch.callbacks.ThroughputMonitor",
@@ -70,7 +71,9 @@ def computed(plain: dict[str, Any]) -> dict[str, Any]:
 def _plugins(given: Any) -> list[Any]:
     """All but the one that writes checkpoints."""
     nodes = given if isinstance(given, list) else [given]
-    return [node for node in nodes if node and not (isinstance(node, dict) and node.get("_target_") == _CHECKPOINT_FILES)]
+    return [
+        node for node in nodes if node and not (isinstance(node, dict) and node.get("_target_") == _CHECKPOINT_FILES)
+    ]
 
 
 def _changes_numbers(node: Any) -> bool:

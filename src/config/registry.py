@@ -11,7 +11,8 @@ and a base class, and a node may be
 and nothing else: no function, no method, no private name, no class of another section. A new mixer, task, callback or schedule is
 found by where it stands and what it derives from, so nothing is edited here to add one.
 
-The section ``model`` is all that is built from a checkpoint when it is opened (``load_model``); ``data`` and ``loss`` when it is scored again.
+The section ``model`` is all that is built from a checkpoint when it is opened (``load_model``); ``data`` and ``loss`` too when it
+is scored again.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def section_of(where: str) -> Section:
     Raises:
         ConfigError: nothing is built there.
     """
-    known = SECTIONS.get(where) or SECTIONS.get(where.split(".")[0].split("[")[0])
+    known = SECTIONS.get(where) or SECTIONS.get(where.split(".", maxsplit=1)[0].split("[", maxsplit=1)[0])
     if known is None:
         raise ConfigError(f"{where}: nothing can be built here; {suggest(where, SECTIONS)}")
     return known

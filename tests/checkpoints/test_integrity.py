@@ -14,8 +14,8 @@ from src.checkpoints.files import find_checkpoint, newest_first, newest_whole, p
 from src.checkpoints.integrity import damage
 from src.checkpoints.sharded import read_metadata
 from src.evaluate import evaluate
-from tests.runs import main as main_of
 from tests.runs import evaluation, same, tiny_run
+from tests.runs import main as main_of
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint_0.1.0.ckpt"
 EVERY = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.save_top_k=-1"]

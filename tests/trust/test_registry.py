@@ -111,7 +111,12 @@ def test_an_experiment_runs_nothing_either(tmp_path, monkeypatch, capsys):
 def test_a_section_knows_classes_and_its_own_only(section):
     """Of every public thing in every module that a family may name, only classes of the family's base are built."""
     found = SECTIONS[section]
-    for target in ("src.files.write_text", "src.config.errors.ConfigError", "pathlib.Path", "src.reporting.git.git_state"):
+    for target in (
+        "src.files.write_text",
+        "src.config.errors.ConfigError",
+        "pathlib.Path",
+        "src.reporting.git.git_state",
+    ):
         with pytest.raises(ConfigError, match="may not be built here"):
             class_of(target, section, found)
     for family in found.families:
@@ -137,7 +142,11 @@ def test_a_section_knows_classes_and_its_own_only(section):
         ("loss", {"_target_": "src.modules.losses.NextTokenLoss", "z_loss": [[[{"_target_": "os.system"}]]]}, "z_loss"),
         ("nothing", {"_target_": "src.modules.losses.NextTokenLoss"}, "nothing can be built here"),
         ("scheduler", {"_target_": "src.modules.schedules.Cosine", 5: 6, "total_steps": 3}, "no such key"),
-        ("scheduler", {"_target_": "src.modules.schedules.Cosine", "total_steps": 3, "_convert_": "all"}, "no such key"),
+        (
+            "scheduler",
+            {"_target_": "src.modules.schedules.Cosine", "total_steps": 3, "_convert_": "all"},
+            "no such key",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(section, node, said):

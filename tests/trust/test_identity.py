@@ -1,0 +1,230 @@
+"""One folder, one computation: results belong to the configuration, data and weights that they say."""
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from src.callbacks.preemption import Preempted
+from src.checkpoints import load_model, read_checkpoint
+from src.checkpoints.files import find_checkpoint
+from src.config import ConfigError, experiment_hash, to_plain
+from src.evaluate import evaluate
+from src.modules.language_model import LanguageModel
+from tests.runs import TINY, compose_run, curve, evaluation, final, main, results, same, tiny_run
+
+CORPUS = ["data=text_files", "data.tokenizer=bytes", "data.window=64", "data.batch_size=4", "data.eval_batch_size=4"]
+CORPUS += ["data.val_windows=6", "data.test_windows=6"]
+EVERY = ["callbacks.checkpoint.every_n_train_steps=1"]
+EARLY = "+callbacks.early={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, patience: 1, min_delta: 9}"
+
+
+def texts(folder: Path, word: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(f"{word}{(i * 7 + j) % 50}" for j in range(100)))
+    return folder
+
+
+# ---- W1: validation and test are of the same weights ----------------------------------------------------------------
+
+
+def test_the_last_step_is_validated(tmp_path):
+    """Also where no validation fell due in the whole run."""
+    for name, every in (("never", 100), ("before", 3)):
+        metrics = tiny_run(tmp_path / name, "trainer.max_steps=5", f"trainer.val_check_interval={every}")
+        assert metrics["val/loss"] == curve(tmp_path / name, "val/loss")[-1]
+        main(evaluate, "evaluate", f"ckpt_path={tmp_path / name}", "split=val", f"hydra.run.dir={tmp_path / name}")
+        assert evaluation(tmp_path / name)["metrics"]["val/loss"] == metrics["val/loss"]
+
+
+# ---- W2: whose run is it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("seed=7", "trainer.gradient_clip_val=0.5", "trainer.precision=bf16-mixed", "canon.init=zeros"),
+        *("model.initialization.scheme=normal", "optimizer.lr=0.5", "scheduler.warmup_steps=2", "loss.z_loss=0.1"),
+        *("data.seed=7", "model.feedforward.activation=relu", "canon.kernel_size=3", "data.batch_size=8", EARLY),
+    ],
+)
+def test_another_computation_does_not_take_over_a_folder(tmp_path, override):
+    """Neither of a run that has finished, nor of one that was stopped on its way."""
+    options = ["canon.positions=A", *EVERY]
+    tiny_run(tmp_path, *options)
+    key = "EarlyStopping" if override == EARLY else override.partition("=")[0].rpartition(".")[2]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    with pytest.raises(ConfigError, match=key):
+        tiny_run(tmp_path, *options, override, "ckpt_path=auto")
+    del before[tmp_path / "run.json"]
+    assert {path: path.read_bytes() for path in before} == before
+    (tmp_path / "checkpoints" / "final.ckpt").unlink()
+    (tmp_path / "checkpoints" / "step00000004.ckpt").unlink()
+    with pytest.raises(ConfigError, match=key):
+        tiny_run(tmp_path, *options, override, "ckpt_path=auto")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_may_differ_is_said(tmp_path, caplog):
+    tiny_run(tmp_path, "trainer.max_steps=2")
+    caplog.set_level(logging.WARNING)
+    tiny_run(tmp_path, "trainer.max_steps=4", "trainer.accumulate_grad_batches=2", "ckpt_path=auto")
+    assert "trainer.accumulate_grad_batches: 1 there, 2 here" in caplog.text
+    assert "trainer.max_steps: 2 there, 4 here" in caplog.text
+    assert results(tmp_path)["steps"] == 4
+    (kept,) = tmp_path.glob("results-*.json")
+    assert json.loads(kept.read_text())["steps"] == 2  # of the shorter run
+
+
+# ---- W3: on which data ----------------------------------------------------------------------------------------------
+
+
+def test_results_on_files_that_were_replaced_do_not_stand(tmp_path):
+    options = [*CORPUS, f"data.path={texts(tmp_path / 'texts', 'one')}", f"data.cache_dir={tmp_path / 'cache'}"]
+    options += [option for option in TINY if not option.startswith("data")]
+    run = tmp_path / "run"
+    tiny = compose_run(run, *options, "ckpt_path=auto")
+    from src.run import run as run_here
+
+    first = run_here(tiny)
+    assert run_here(compose_run(run, *options, "ckpt_path=auto")) == first
+    written = (run / "results.json").read_bytes()
+    texts(tmp_path / "texts", "two")
+    with pytest.raises(ConfigError, match=r"finished before, on other data.*fingerprint"):
+        run_here(compose_run(run, *options, "ckpt_path=auto"))
+    assert (run / "results.json").read_bytes() == written
+
+
+def test_a_grammar_or_tokenizer_file_that_was_replaced(tmp_path):
+    path = tmp_path / "own.json"
+    shipped = Path("src/datamodules/tasks/grammars/cfg3b.json")
+    content = json.loads(shipped.read_text())
+    path.write_text(json.dumps(content))
+    options = ["data=lano", f"data.task.grammar={path}", "data.task.levels=null", "data.val_answers=1"]
+    options += [
+        "data.test_answers=1",
+        "data.window=256",
+        *(o for o in TINY if not o.startswith(("data=", "data.window"))),
+    ]
+    from src.run import run as run_here
+
+    run = tmp_path / "run"
+    run_here(compose_run(run, *options, "ckpt_path=auto"))
+    content["layers"][0]["22"] = "20 21 | 20 19"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"finished before, on other data.*rules"):
+        run_here(compose_run(run, *options, "ckpt_path=auto"))
+
+
+# ---- W4: the hash knows what changes numbers ------------------------------------------------------------------------
+
+SWA = "+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.1}"
+SCHEDULE = "+callbacks.s={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 2}}"
+HALF = "trainer.plugins=[{_target_: lightning.pytorch.plugins.HalfPrecision, precision: bf16-true}]"
+LR = "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
+
+
+def test_the_hash_covers_what_changes_numbers_and_nothing_else(tmp_path):
+    def hashed(*overrides: str) -> str:
+        return experiment_hash(to_plain(compose_run(tmp_path, *TINY, *overrides)))
+
+    plain = hashed()
+    changing = [EARLY, SWA, SCHEDULE, HALF, "callbacks.guard.nonfinite=skip", "callbacks.guard.spike=rollback"]
+    changing += ["seed=1", "trainer.gradient_clip_val=2", "+trainer.max_time=00:00:01:00", "compile=true"]
+    watching = [LR, "callbacks.guard.spike=stop", "callbacks.guard.window=64", "~callbacks.guard", "callbacks=quiet"]
+    watching += ["callbacks=best", "trainer.plugins.0.asynchronous=true", "callbacks.preemption.max_minutes=5"]
+    assert all(hashed(override) == plain for override in watching)
+    assert len({plain, *(hashed(override) for override in changing)}) == 1 + len(changing)
+
+
+# ---- W5: how training ended -----------------------------------------------------------------------------------------
+
+ENDS = {
+    "early stopping": ([EARLY], "EarlyStopping"),
+    "time": (["+trainer.max_time={seconds: 0}"], "max_time"),
+    "epochs": (["+trainer.max_epochs=2", "+trainer.limit_train_batches=2"], "max_epochs"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_before_the_last_planned_step_is_recorded(tmp_path, caplog, monkeypatch, end):
+    """And the restart of a run that was killed in its test does what the straight run does: it tests."""
+    overrides, why = ENDS[end]
+    options = ["trainer.max_steps=30", "trainer.val_check_interval=2", *overrides, *EVERY]
+    metrics = tiny_run(tmp_path / "straight", *options)
+    ended = results(tmp_path / "straight")["ended"]
+    assert ended["step"] < ended["planned"] == 30
+    assert why in ended["why"]
+    assert f"training ended after step {ended['step']} of 30" in caplog.text
+    assert results(tmp_path / "straight")["steps"] == ended["step"]
+    # The same command again: it is done.
+    assert tiny_run(tmp_path / "straight", *options, "ckpt_path=auto") == metrics
+    if end == "time":
+        return  # another run does not end after the same step
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "test_step", lambda self, batch, batch_idx: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny_run(tmp_path / "killed", *options)
+    assert tiny_run(tmp_path / "killed", *options, "ckpt_path=auto") == metrics
+    assert results(tmp_path / "killed")["ended"] == ended
+    assert len(curve(tmp_path / "killed", "train/loss")) == ended["step"]
+
+
+def test_more_time_trains_further(tmp_path):
+    tiny_run(tmp_path, "trainer.max_steps=8", "+trainer.max_time={seconds: 0}")
+    assert results(tmp_path)["steps"] < 8
+    tiny_run(tmp_path, "trainer.max_steps=8", "+trainer.max_time={minutes: 9}", "ckpt_path=auto")
+    assert results(tmp_path)["steps"] == 8
+    assert results(tmp_path)["ended"] == {"step": 8, "planned": 8, "why": "as planned"}
+
+
+# ---- W6: a finished run given more steps ----------------------------------------------------------------------------
+
+
+def test_a_finished_run_given_more_steps_is_the_longer_run(tmp_path, monkeypatch):
+    """Its weights, results and curve are those of the longer one, also if that one is stopped on the way."""
+    constant = ["scheduler=constant", "scheduler.warmup_steps=1", *EVERY]
+    longer = tiny_run(tmp_path / "straight", *constant, "trainer.max_steps=8")
+    run = tmp_path / "run"
+    tiny_run(run, *constant, "trainer.max_steps=4")
+    stop = [False]
+
+    def stops(self, *_: object) -> None:
+        if self.trainer.global_step == 5 and not stop[0]:
+            stop[0] = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LanguageModel, "on_train_batch_end", stops)
+    with pytest.raises(Preempted):
+        tiny_run(run, *constant, "trainer.max_steps=8", "ckpt_path=auto")
+    assert find_checkpoint(run).name == "step00000006.ckpt"
+    assert read_checkpoint(run)["global_step"] == 6
+    assert tiny_run(run, *constant, "trainer.max_steps=8", "ckpt_path=auto") == longer
+    assert same(final(run)["state_dict"], final(tmp_path / "straight")["state_dict"])
+    assert same(dict(load_model(run).state_dict()), dict(load_model(tmp_path / "straight").state_dict()))
+    assert curve(run, "step") == curve(tmp_path / "straight", "step") or curve(run, "train/loss") == curve(
+        tmp_path / "straight", "train/loss"
+    )
+    steps = [int(step) for step in curve(run, "step")]
+    assert sorted(set(steps)) == list(range(9))
+
+
+# ---- L1: evaluations are files of their own -------------------------------------------------------------------------
+
+
+def test_an_evaluation_leaves_the_record_of_the_run_alone(tmp_path):
+    run = tmp_path / "run"
+    tiny_run(run)
+    before = {path: path.read_bytes() for path in run.glob("*.json")} | {
+        path: path.read_bytes() for path in (run / "csv").iterdir()
+    }
+    for split in ("val", "test"):
+        main(evaluate, "evaluate", f"ckpt_path={run}", f"split={split}", f"hydra.run.dir={run}")
+    assert len(list(run.glob("evaluation_*.json"))) == 2
+    with pytest.raises(ConfigError, match=r"train=false.*record of a run.*evaluate\.py"):
+        tiny_run(run, "train=false", f"ckpt_path={run}")
+    assert {path: path.read_bytes() for path in before} == before

@@ -1,0 +1,169 @@
+"""Folders of shards: DCP unpickles them without looking, this project does not."""
+
+import io
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from src.checkpoints import CheckpointError, load_model, read_checkpoint
+from src.checkpoints.__main__ import main
+from src.checkpoints.files import problem_of, to_resume
+from src.checkpoints.integrity import SUMS
+from src.checkpoints.sharded import METADATA, checksums, read_metadata, write_shards
+from tests.runs import same, tiny_run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    tiny_run(folder)
+    return folder
+
+
+@pytest.fixture
+def shards(trained, tmp_path) -> Path:
+    folder = tmp_path / "run" / "checkpoints" / "step00000004.ckpt"
+    folder.parent.mkdir(parents=True)
+    write_shards(read_checkpoint(trained), folder, 2)
+    return folder
+
+
+class Evil:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, hit: Path):
+        self.hit = hit
+
+    def __reduce__(self):
+        return (open, (str(self.hit), "w"))
+
+
+def sign(folder: Path) -> None:
+    """The stranger's checksums are right."""
+    (folder / SUMS).write_text(checksums(folder, [path.name for path in folder.iterdir()]))
+
+
+def append(folder: Path, payload: bytes, metadata: Metadata, name: str, shard: str | None = None) -> None:
+    """Puts bytes into a shard and files them under a name, as DCP would."""
+    file = sorted(folder.glob("*.distcp"))[0]
+    index = next(iter(metadata.storage_data))
+    place = metadata.storage_data[index]
+    offset = file.stat().st_size
+    with file.open("ab") as end:
+        end.write(payload)
+    new = type(index)(name)
+    metadata.storage_data[new] = type(place)(shard or file.name, offset, len(payload))
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    if metadata.planner_data is not None:
+        metadata.planner_data[name] = tuple(name.split("."))
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["state_dict.net.extra", "optimizer_0.state.evil", "elsewhere.evil"])
+def test_an_entry_of_bytes_is_never_unpickled(shards, tmp_path, name, capsys):
+    hit = tmp_path / "hit"
+    append(shards, saved(Evil(hit)), read_metadata(shards), name)
+    sign(shards)
+    run = shards.parents[1]
+    assert main(["verify", str(shards)]) == 1
+    assert main(["inspect", str(shards)]) in (1, 2)
+    assert main(["consolidate", str(shards), str(tmp_path / "out.ckpt")]) == 2
+    assert problem_of(shards, thorough=True) is not None
+    with pytest.raises(CheckpointError, match="step00000004"):
+        read_checkpoint(shards)
+    if not name.startswith("optimizer"):  # which the model alone does not read
+        with pytest.raises(CheckpointError, match="step00000004"):
+            load_model(shards)
+        with pytest.raises(CheckpointError, match="damaged"):
+            to_resume("auto", run)
+    assert not hit.exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_description_is_unpickled_once_and_by_its_own_names(shards, tmp_path):
+    """What torch's modules hold besides descriptions does things: readers, writers, paths, queues."""
+    for name in ("FileSystemWriter", "FileSystemReader", "Path", "Enum", "dataclass", "ThreadPoolExecutor", "io.open"):
+        evil = pickle.GLOBAL + f"torch.distributed.checkpoint.filesystem\n{name}\n".encode() + pickle.STOP
+        (shards / METADATA).write_bytes(evil)
+        sign(shards)
+        with pytest.raises(CheckpointError, match="no description of tensors"):
+            read_checkpoint(shards)
+    changes = pickle.GLOBAL + b"torch.distributed.checkpoint.metadata\nMetadata\n" + pickle.NONE
+    changes += pickle.EMPTY_DICT + pickle.UNICODE + b"state_dict_metadata\n" + pickle.NONE + pickle.SETITEM
+    (shards / METADATA).write_bytes(changes + pickle.TUPLE2 + pickle.BUILD + pickle.STOP)
+    sign(shards)
+    with pytest.raises(CheckpointError, match="change a class"):
+        read_checkpoint(shards)
+
+
+def test_a_description_cannot_be_swapped_between_looking_and_reading(shards, monkeypatch, tmp_path):
+    """Whatever the file holds by then, DCP reads by the description that was checked."""
+    import src.checkpoints.sharded as sharded
+
+    hit = tmp_path / "hit"
+    checked = sharded.read_metadata
+
+    def swap(folder: Path) -> Metadata:
+        found = checked(folder)
+        (folder / METADATA).write_bytes(pickle.dumps(Evil(hit)))
+        return found
+
+    expected = read_checkpoint(shards)
+    monkeypatch.setattr(sharded, "read_metadata", swap)
+    assert same(read_checkpoint(shards), expected)
+    assert not hit.exists()
+
+
+def test_a_description_stays_in_its_folder(shards, trained, tmp_path):
+    outside = tmp_path / "outside.distcp"
+    shutil.copy(next(iter(sorted(shards.glob("*.distcp")))), outside)
+    link = shards / "__9_0.distcp"
+    link.symlink_to(outside)
+    for where in ("../../../outside.distcp", str(outside), link.name, "meta.pt", "nothing.distcp"):
+        metadata = read_metadata(shards)
+        index, place = next(iter(metadata.storage_data.items()))
+        metadata.storage_data[index] = type(place)(where, place.offset, place.length)
+        before = (shards / METADATA).read_bytes()
+        (shards / METADATA).write_bytes(pickle.dumps(metadata))
+        sign(shards)
+        with pytest.raises(CheckpointError, match="none of this folder's shards"):
+            read_checkpoint(shards)
+        (shards / METADATA).write_bytes(before)
+    metadata = read_metadata(shards)
+    index, place = next(iter(metadata.storage_data.items()))
+    metadata.storage_data[index] = type(place)(place.relative_path, place.offset, 10**12)
+    (shards / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="beyond the end"):
+        read_checkpoint(shards)
+
+
+def test_a_description_promises_no_more_than_there_is(shards):
+    """Room is made for what it describes before anything is read."""
+    metadata = read_metadata(shards)
+    name, entry = next(
+        (n, e) for n, e in metadata.state_dict_metadata.items() if not isinstance(e, BytesStorageMetadata)
+    )
+    entry.size = torch.Size([10**6, 10**6])
+    (shards / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="more than the shards hold"):
+        read_checkpoint(shards)
+
+
+def test_a_few_bytes_that_look_like_a_large_tensor_are_refused(trained, tmp_path):
+    checkpoint = dict(read_checkpoint(trained))
+    weights = dict(checkpoint["state_dict"])
+    name = next(iter(weights))
+    weights[name] = torch.zeros(1).expand(10**6, 10**6)
+    torch.save(checkpoint | {"state_dict": weights}, tmp_path / "large.ckpt")
+    with pytest.raises(CheckpointError, match=r"large\.ckpt.*no plain tensor"):
+        load_model(tmp_path / "large.ckpt")
