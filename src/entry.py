@@ -23,7 +23,7 @@ from src.build import CONFIG_DIR, compose_config
 from src.components.kernels.registry import BackendUnavailableError
 from src.config import ConfigError, RunError
 from src.datamodules.corpora.errors import CorpusError
-from src.overrides import first_misspelt_key
+from src.overrides import first_misspelt_key, unreadable_override
 
 _USERS_MISTAKES = (
     ConfigError,
@@ -60,8 +60,9 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
         forget_other_ranks(before)
         return result
 
+    outlive_output()
     quieten()
-    arguments = sys.argv[1:]
+    sys.argv[1:] = arguments = [at_home(argument) for argument in sys.argv[1:]]
     flags = {argument for argument in arguments if argument.startswith("-")}
     overrides = [argument for argument in arguments if argument not in flags]
     if not flags:
@@ -131,6 +132,54 @@ def fail(message: str, status: int = 2) -> None:
     sys.exit(status)
 
 
+def at_home(argument: str) -> str:
+    """``key=~/folder`` with the user's own folder in its place: a shell replaces ``~`` only where a word begins."""
+    key, equals, value = argument.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if equals and value.startswith("~/") else argument
+
+
+class _Output:
+    """A stream that nobody may read any more: a closed pipe, a full disk or a terminal's alphabet never ends a run."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes what can be written."""
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            self.write(text.encode(self._stream.encoding, "replace").decode(self._stream.encoding))
+        except (OSError, ValueError) as error:
+            self._lost(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Does not insist."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        if isinstance(error, BrokenPipeError):  # what is still to come goes nowhere, at the interpreter's end too
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_output() -> None:
+    """Printing never ends a run, and a log file that cannot be written does not fill the terminal with tracebacks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, _Output):
+            setattr(sys, name, _Output(stream or open(os.devnull, "w")))  # noqa: SIM115 (for as long as the process)
+    logging.raiseExceptions = False
+
+
 def explain_overrides(config_name: str, overrides: list[str]) -> None:
     """Composes once ahead of Hydra, because its own message for a misspelt key does not say which keys exist."""
     try:
@@ -138,4 +187,4 @@ def explain_overrides(config_name: str, overrides: list[str]) -> None:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        fail(first_misspelt_key(config_name, overrides) or str(error))
+        fail(unreadable_override(overrides) or first_misspelt_key(config_name, overrides) or str(error))

@@ -6,7 +6,10 @@ import fcntl
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 PART = ".part"  # ends the name of what is being written; left behind only by a process that was killed
 
@@ -25,15 +28,38 @@ def remove_parts(folder: Path) -> None:
             part.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file, on the disk when this returns; its folder is made if need be."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[str]]:
+    """A text file to be written: under its name only when all of it is on the disk, and nothing is left of it if it fails.
+
+    Its folder is made if need be. Line ends are written as they are given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
-    with part.open("w") as file:
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file, on the disk when this returns; its folder is made if need be."""
+    with written_whole(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+
+
+def put_aside(path: Path) -> Path:
+    """Renames a file that cannot be used to ``<name>.damaged``, with a number if there are several; returns the new path."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 2
+    while aside.exists():
+        aside = path.with_name(f"{path.name}.damaged.{number}")
+        number += 1
+    return path.rename(aside)
 
 
 class Lock:

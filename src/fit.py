@@ -96,12 +96,13 @@ def ending(trainer: L.Trainer, planned: int) -> dict[str, Any]:
         planned: optimizer steps of the whole run.
     """
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    epochs: Any = trainer.fit_loop.epoch_progress.current
     why = PLANNED
     if trainer.global_step < planned:
         reasons = [f"{type(c).__name__}: {c.stopping_reason_message}" for c in callbacks if _has_stopped(c)]
         if any(isinstance(c, Timer) and (c.time_remaining() or 0) <= 0 for c in callbacks):
             why = "the time that it was given is over (trainer.max_time)"
-        elif trainer.fit_loop.epoch_progress.current.processed >= (trainer.max_epochs or -1) > 0:
+        elif epochs.processed >= (trainer.max_epochs or -1) > 0:
             why = f"trainer.max_epochs={trainer.max_epochs} are over"
         elif trainer.should_stop:
             why = "; ".join(reasons) or "a callback stopped it"

@@ -48,6 +48,26 @@ def first_misspelt_key(config_name: str, overrides: list[str]) -> str | None:
     return None
 
 
+def unreadable_override(overrides: list[str]) -> str | None:
+    """Finds the first override that is none in Hydra's grammar, and says how its value would be."""
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException:
+            key, equals, value = override.partition("=")
+            if not equals:
+                return f"{override}: settings are given as key=value"
+            if value.startswith(("[", "{")):
+                return f"{override}: cannot be read. What holds other signs than letters, digits and . / - is quoted: '{key}=[\"a=1\"]'"
+            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+            return (
+                f"{override}: cannot be read. A value with other characters than letters, digits and . / - + _ : % @ is quoted, once "
+                f"for the shell and once for Hydra: \"{key}='{quoted}'\""
+            )
+    return None
+
+
 def _is_argument(node: DictConfig, where: str, name: str) -> bool:
     try:
         return name in inspect.signature(class_of(node.get("_target_"), where, section_of(where))).parameters
@@ -67,7 +87,7 @@ def _missing(config: DictConfig, key: str) -> str | None:
             return None  # a reference to another section; Hydra knows better
         if not OmegaConf.is_dict(node):
             return f"{key}: {'.'.join(path)} is a value, it has no key {part!r}"
-        if part not in node:
+        if part not in set(node.keys()):  # `in` does not know keys whose values are still to be given
             if _is_argument(node, ".".join(path), part):
                 return f"{key}: not set in the configuration so far; to add it write +{key}=..."
             where = ".".join(path)

@@ -13,9 +13,10 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from src.build import check_measured, model_from_config
 from src.callbacks.guard import Guard, RollBack
@@ -30,7 +31,7 @@ from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.evaluation.evaluators import lower_is_better
 from src.evaluation.statistics import intervals
-from src.files import Lock, remove_parts
+from src.files import Lock, remove_parts, write_text
 from src.fit import PLANNED, fit, log_at_step
 from src.modules.language_model import LanguageModel
 from src.modules.parallel import may_be_deferred
@@ -39,6 +40,7 @@ from src.reporting.registry import Recorded, Run, peak_memory_bytes, write_json
 log = logging.getLogger(__name__)
 
 RECOMPUTE = ("none", "block", "selective")
+MOST_SEED = 2**32 - 1
 
 
 def run(config: DictConfig) -> dict[str, float]:
@@ -213,7 +215,7 @@ def checked(config: DictConfig) -> dict[str, Any]:
     plain = to_plain(config)
     plain.pop("compare", None)
     check_settings(plain)
-    for section in ("data", "optimizer", "scheduler", "loss", "trainer", "callbacks", "logger", "canon"):
+    for section in ("trainer", "data", "optimizer", "scheduler", "loss", "callbacks", "logger", "canon"):
         check(plain.get(section), section, {"callbacks", "logger"} if section == "trainer" else None)
     check_watched(plain)
     net = model_from_config(plain["model"] | {"vocab_size": plain["model"]["vocab_size"] or 2}, device="meta")
@@ -238,6 +240,8 @@ def check_settings(plain: dict[str, Any]) -> None:
         if not isinstance(plain[key], kind) or (kind is int and (isinstance(plain[key], bool) or plain[key] < 0)):
             expected = {bool: "true or false", int: "a number from 0 on", list: "a list, [a, b]"}.get(kind, "a string")
             raise ConfigError(f"{key}={plain[key]!r}: {expected}")
+    if plain["seed"] > MOST_SEED:
+        raise ConfigError(f"seed={plain['seed']}: at most {MOST_SEED}, which is what NumPy takes")
     if plain["activation_checkpointing"] not in RECOMPUTE:
         word = plain["activation_checkpointing"]
         raise ConfigError(f"activation_checkpointing={word}: no such kind; {suggest(word, RECOMPUTE)}")
@@ -355,8 +359,7 @@ def _has_bar(callbacks: list[Any]) -> bool:
 @rank_zero_only
 def introduce(plain: dict[str, Any], net: Backbone, datamodule: StreamDataModule, output_dir: Path) -> None:
     """Says what is about to run, and writes the resolved configuration before the first step."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plain), output_dir / "config.yaml")
+    write_text(output_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     canon = net.canon.positions or "none"
     log.info(
         f"{plain['name']}: {net.count_parameters():,} parameters, {net.depth} x {net.dim} {net.pattern}, "

@@ -6,8 +6,9 @@
     warn       a message, nothing else
 
 The norm of the gradient is that of the global batch, the same on all processes, so all of them decide alike; a loss that is not
-finite on one process makes everybody's gradient so. The batch of every step that was objected to is kept, with its number, under
-``bad_batches/`` of the run's folder: ``replay`` computes its loss again.
+finite on one process makes everybody's gradient so. The batch of a step that was objected to is kept, with its number, under
+``bad_batches/`` of the run's folder, of the first ``keep`` such steps: ``replay`` computes its loss again. A level that stays high
+after a warning becomes the new normal.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import logging
 import math
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from src.checkpoints.files import newest_whole
 from src.config import ConfigError, RunError
+from src.files import part_of
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Guard(Callback):
         spike_deviations: how far is too far.
         window: steps.
         margin: steps before and after a bad one whose updates a rollback leaves out as well.
+        keep: how many batches are kept at most, of each process.
         limit: how many steps may be left out, and how often training may be rolled back, before the run stops all the same.
         folder: of the run; its ``checkpoints`` are what a rollback goes back to.
 
@@ -74,15 +78,17 @@ class Guard(Callback):
         window: int = 128,
         margin: int = 0,
         limit: int = 20,
+        keep: int = 20,
     ):
-        for name, value, least in (("window", window, LEAST_HISTORY), ("margin", margin, 0), ("limit", limit, 0)):
+        numbers = (("window", window, LEAST_HISTORY), ("margin", margin, 0), ("limit", limit, 0), ("keep", keep, 0))
+        for name, value, least in numbers:
             if value < least:
                 raise ValueError(f"callbacks.guard.{name}={value}: at least {least}")
         if spike_deviations <= 0:
             raise ValueError(f"callbacks.guard.spike_deviations={spike_deviations}: positive")
         self.folder = Path(folder)
         self.nonfinite, self.spike, self.spike_deviations = nonfinite, spike, spike_deviations
-        self.window, self.margin, self.limit = window, margin, limit
+        self.window, self.margin, self.limit, self.keep = window, margin, limit, keep
         self.history: dict[str, deque[float]] = {name: deque(maxlen=window) for name in ("loss", "grad_norm")}
         self.leave_out: set[int] = set()
         self.skipped: list[int] = []
@@ -115,34 +121,38 @@ class Guard(Callback):
         if strange:
             self._object(trainer, optimizer, step, found, self.nonfinite, f"{' and '.join(strange)}")
             return
+        limits = {name: self._highest(name) if self.spike is not None else math.inf for name in found}
         strange = [
             f"{name} {value:.4g} after {_mean(self.history[name]):.4g}"
             for name, value in found.items()
-            if self.spike is not None and self._is_spike(name, value)
+            if value > limits[name]
         ]
         if strange:
             self._object(trainer, optimizer, step, found, str(self.spike), f"{' and '.join(strange)}")
-            return
+            if self.spike != "warn":
+                return
         for name, value in found.items():
-            self.history[name].append(value)
+            # After a warning training goes on, perhaps on another level: it is learnt, but one value alone moves it little.
+            self.history[name].append(min(value, limits[name]))
 
-    def _is_spike(self, name: str, value: float) -> bool:
+    def _highest(self, name: str) -> float:
+        """Above which a value is a spike."""
         history = self.history[name]
         if len(history) < LEAST_HISTORY:
-            return False
+            return math.inf
         mean = _mean(history)
         deviation = math.sqrt(sum((x - mean) ** 2 for x in history) / (len(history) - 1))
         # A loss that hardly moves any more has next to no deviation: what is within a tenth is no spike.
-        return value > mean + max(self.spike_deviations * deviation, 0.1 * abs(mean))
+        return mean + max(self.spike_deviations * deviation, 0.1 * abs(mean))
 
     # ---- what is done about it -------------------------------------------------------------------------------------
 
     def _object(self, trainer: Any, optimizer: Any, step: int, found: dict[str, float], action: str, why: str) -> None:
         kept = self._keep(trainer, step, found)
         if action == "warn":
-            log.warning(f"step {step}: {why}; its batch is kept in {kept}")
+            log.warning(f"step {step}: {why}; {kept}")
         elif action == "skip":
-            log.warning(f"step {step}: {why}; its update is left out, its batch kept in {kept}")
+            log.warning(f"step {step}: {why}; its update is left out; {kept}")
             self._skip(step, optimizer, why)
         else:
             whole = newest_whole(self.folder / "checkpoints", below=step) if trainer.is_global_zero else None
@@ -150,12 +160,12 @@ class Guard(Callback):
             if action == "rollback" and path is not None:
                 wanted = self.leave_out | set(range(step - self.margin, step + self.margin + 1))
                 if len(wanted) <= self.limit:
-                    log.warning(f"step {step}: {why}; back to {path}, its batch is kept in {kept}")
+                    log.warning(f"step {step}: {why}; back to {path}; {kept}")
                     raise RollBack(Path(path), wanted)
                 why += f"; rolled back too often (callbacks.guard.limit={self.limit})"
             how = f"go on with ckpt_path={path}" if path else "there is no checkpoint from before"
             raise BadStep(
-                f"step {step}: {why}. The update was not made and the batch is kept in {kept}; {how}, and with "
+                f"step {step}: {why}. The update was not made; {kept}; {how}, and with "
                 "callbacks.guard.nonfinite=skip (or spike=skip) to leave such steps out"
             )
 
@@ -169,13 +179,24 @@ class Guard(Callback):
         # Parameters without a gradient are passed over: weights, moments and the step count of the optimizer stay as they are.
         optimizer.zero_grad(set_to_none=True)
 
-    def _keep(self, trainer: Any, step: int, found: dict[str, float]) -> Path:
-        folder = self.folder / "bad_batches"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step{step:08d}.rank{trainer.global_rank}.pt"
+    def _keep(self, trainer: Any, step: int, found: dict[str, float]) -> str:
+        """Writes the batch of a step down, unless there are enough of them; says where it is."""
+        folder, rank = self.folder / "bad_batches", trainer.global_rank
+        path = folder / f"step{step:08d}.rank{rank}.pt"
+        if not path.exists() and len(list(folder.glob(f"step*.rank{rank}.pt"))) >= self.keep:
+            return f"its batch is not kept, {folder} holds {self.keep} (callbacks.guard.keep)"
         batches = [{name: value.cpu() for name, value in batch.items()} for batch in self._batches]
-        torch.save({"step": step, "rank": trainer.global_rank, "batches": batches} | found, path)
-        return path
+        part = part_of(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"step": step, "rank": rank, "batches": batches} | found, part)
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
+            return f"its batch could not be kept in {folder}: {str(error).splitlines()[0]}"
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        return f"its batch is kept in {path}"
 
     # ---- over interruptions ----------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from src.components.canon import CanonConfig, canon_at
 from src.components.feedforward import FeedForward
 from src.components.mixers.base import Mixer, State
+from src.components.mixture_of_experts import MixtureOfExperts
 from src.components.norm import RMSNorm
 
 
@@ -25,7 +26,14 @@ class Block(nn.Module):
         norm_eps: epsilon of both RMSNorms.
     """
 
-    def __init__(self, dim: int, mixer: Mixer, feedforward: FeedForward | None, canon: CanonConfig, norm_eps: float):
+    def __init__(
+        self,
+        dim: int,
+        mixer: Mixer,
+        feedforward: FeedForward | MixtureOfExperts | None,
+        canon: CanonConfig,
+        norm_eps: float,
+    ):
         super().__init__()
         self.dim = dim
         self.mixer_norm = RMSNorm(dim, norm_eps)

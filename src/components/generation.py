@@ -1,7 +1,7 @@
 """A model writes: whole batches at once, or one text token by token.
 
     texts = generate(net, prompts, Sampling(stop=2, max_new_tokens=100))                    # greedy
-    texts = generate(net, prompts, Sampling(temperature=0.8, top_p=0.9), streams=[(0, i) for i in range(len(prompts))])
+    texts = generate(net, prompts, Sampling(temperature=0.8, top_p=0.9), seed=0)
 
     decoder = Decoder(net, Sampling(stop=2))
     decoder.feed(question)
@@ -94,6 +94,7 @@ def generate(
     settings: Sampling | None = None,
     streams: Sequence[Sequence[int]] | None = None,
     *,
+    seed: int | None = None,
     cache: Cache | None = None,
     log_probs: Literal[False] = False,
     **options: Any,
@@ -107,6 +108,7 @@ def generate(
     settings: Sampling | None = None,
     streams: Sequence[Sequence[int]] | None = None,
     *,
+    seed: int | None = None,
     cache: Cache | None = None,
     log_probs: Literal[True],
     **options: Any,
@@ -121,6 +123,7 @@ def generate(
     settings: Sampling | None = None,
     streams: Sequence[Sequence[int]] | None = None,
     *,
+    seed: int | None = None,
     cache: Cache | None = None,
     log_probs: bool = False,
     **options: Any,
@@ -131,7 +134,9 @@ def generate(
         net: the model, on whichever device.
         prompts: token ids, at least one each; lists, arrays or tensors.
         settings: how to write; or give its fields as keywords.
-        streams: a key (integers) of each prompt's random numbers; needed when sampling.
+        streams: a key (integers) of each prompt's random numbers, in place of ``seed``: so a text does not depend on its place among
+            the prompts.
+        seed: of the random numbers, when sampling: prompt i has those of ``(seed, i)``.
         cache: what came before: row i is continued by prompt i. ``cache.select([0] * n)`` gives n prompts one past. It is left as it was.
         log_probs: also return how probable the model held what was written.
 
@@ -140,12 +145,12 @@ def generate(
         (before temperature, top_k and top_p).
 
     Raises:
-        ValueError: for an empty prompt, a token that the model does not have, a cache of other rows, or sampling without ``streams``.
+        ValueError: for an empty prompt, a token that the model does not have, a cache of other rows, or sampling without ``seed`` or ``streams``.
     """
     settings = _settings(settings, options)
     rows_of_tokens = [_tokens(prompt, net) for prompt in prompts]
-    if settings.temperature > 0 and (streams is None or len(streams) != len(rows_of_tokens)):
-        raise ValueError(f"temperature={settings.temperature} needs a random stream for every prompt")
+    if settings.temperature > 0:
+        streams = _streams(settings.temperature, seed, streams, len(rows_of_tokens))
     if not rows_of_tokens:
         return ([], []) if log_probs else []
     draws = None
@@ -158,6 +163,20 @@ def generate(
     if not log_probs:
         return texts
     return texts, [row[: len(text)] for row, text in zip(found, texts, strict=True)]
+
+
+def _streams(
+    temperature: float, seed: int | None, streams: Sequence[Sequence[int]] | None, prompts: int
+) -> Sequence[Sequence[int]]:
+    if streams is None and seed is not None:
+        return [(seed, i) for i in range(prompts)]
+    if streams is None or seed is not None:
+        raise ValueError(
+            f"temperature={temperature}: sampling needs random numbers; give seed=0 (or streams=, a key for each prompt, instead)"
+        )
+    if len(streams) != prompts:
+        raise ValueError(f"streams: {len(streams)} keys for {prompts} prompts; one for each")
+    return streams
 
 
 def _write(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,10 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+
+from src.files import put_aside, written_whole
+
+log = logging.getLogger(__name__)
 
 
 class CSVLog(CSVLogger):
@@ -32,11 +39,16 @@ class CSVLog(CSVLogger):
 
 
 class _Continued(ExperimentWriter):
-    """Keeps the rows of an earlier attempt, up to the step from which this one logs them again."""
+    """Keeps the rows of an earlier attempt, up to the step from which this one logs them again.
+
+    The file is never rewritten in place: whatever happens on the way, all rows of before or all of after are there. Rows that find no
+    room on the disk wait for the next time.
+    """
 
     def _check_log_dir_exists(self) -> None:
         """Replaces the deletion in the base class."""
         self._earlier = self._known = _rows(Path(self.metrics_file_path))
+        self._complained = False
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
         """Records metrics of a step."""
@@ -54,14 +66,38 @@ class _Continued(ExperimentWriter):
         """See ``CSVLog.has``."""
         return any(row["step"] == str(step) and row.get(metric) for row in self._known)
 
+    def save(self) -> None:
+        """Appends what has been recorded since the last time, or nothing of it."""
+        path = Path(self.metrics_file_path)
+        size = path.stat().st_size if path.is_file() else None
+        try:
+            super().save()
+            self._complained = False
+        except OSError as error:
+            with suppress(OSError):
+                path.unlink(missing_ok=True) if size is None else os.truncate(path, size)
+            if not self._complained:
+                log.error(f"{path} cannot be written ({error}); training goes on, and what is logged is kept for later")
+            self._complained = True
+
     def _restore(self, rows: list[dict[str, str]]) -> None:
         self.metrics_keys = sorted({name for row in rows for name in row})
-        with Path(self.metrics_file_path).open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+        if rows:
+            self._write(rows, self.metrics_keys)
+        else:
+            Path(self.metrics_file_path).unlink(missing_ok=True)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Replaces the rewriting in place of the base class."""
+        with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        self._write(rows, fieldnames)
+
+    def _write(self, rows: list[dict[str, str]], fieldnames: list[str]) -> None:
+        with written_whole(Path(self.metrics_file_path)) as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
             writer.writeheader()
             writer.writerows(rows)
-        if not rows:
-            Path(self.metrics_file_path).unlink()
 
 
 def _is_before(row: dict[str, str], step: int, again: set[str]) -> bool:
@@ -71,16 +107,40 @@ def _is_before(row: dict[str, str], step: int, again: set[str]) -> bool:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """Whole rows of a CSV file: the last may have been cut off when its writer was killed."""
+    """The rows of a run's metrics; its last one may have been cut off when its writer was killed.
+
+    A file that is damaged otherwise is put aside, and what is whole of it goes into a new one.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file, strict=False)
-        try:
-            rows = list(reader)
-            header = reader.fieldnames or []
-        except (UnicodeDecodeError, csv.Error):  # bytes of something else
-            return []
-    if rows and (None in rows[-1] or None in rows[-1].values()):
+    rows: list[dict[str, str]] = []
+    problem = None
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=False)
+            rows.extend(reader)
+            if "step" not in (reader.fieldnames or []):
+                problem, rows = "it has no column 'step'", []
+    except (UnicodeDecodeError, csv.Error) as error:  # bytes of something else
+        problem = str(error)
+    if rows and not _is_whole(rows[-1]) and _is_cut_off(rows[-1], path):
         rows.pop()
-    return rows if "step" in header else []
+    whole = [row for row in rows if _is_whole(row)]
+    if len(whole) < len(rows):
+        problem = problem or f"{len(rows) - len(whole)} of its rows cannot be read"
+    if problem and path.stat().st_size:
+        log.warning(
+            f"{path} is damaged: {problem}. It is kept as {put_aside(path).name}; {len(whole)} rows go on in a new one"
+        )
+    return whole
+
+
+def _is_cut_off(row: dict[Any, Any], path: Path) -> bool:
+    """Whether a row that is not whole is what a killed writer leaves at the end of a file."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n" and not any("\n" in str(value) for value in row.values())
+
+
+def _is_whole(row: dict[Any, Any]) -> bool:
+    return None not in row and None not in row.values() and str(row.get("step")).isdigit()

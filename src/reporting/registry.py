@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import socket
@@ -34,6 +35,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from src.files import write_text
 from src.reporting.git import git_state
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "numba", "triton", "fla-core", "mamba-ssm", "causal-conv1d")
 RUNNING, FINISHED, FAILED, INTERRUPTED, LOST = "running", "finished", "failed", "interrupted", "lost"
@@ -85,7 +88,12 @@ class Recorded:
             "ended": _now(),
             "seconds": round(time.perf_counter() - self.clock, 3),
         }
-        self._write()
+        try:
+            self._write()
+        except OSError as write_error:  # what the run has to say for itself is worth more than its record
+            log.error(
+                f"{self.path} cannot be written ({write_error}): it will say that the run is still running, or lost"
+            )
 
     @rank_zero_only
     def _write(self) -> None:

@@ -150,9 +150,7 @@ def test_a_description_stays_in_its_folder(shards, trained, tmp_path):
 def test_a_description_promises_no_more_than_there_is(shards):
     """Room is made for what it describes before anything is read."""
     metadata = read_metadata(shards)
-    name, entry = next(
-        (n, e) for n, e in metadata.state_dict_metadata.items() if not isinstance(e, BytesStorageMetadata)
-    )
+    entry = next(e for e in metadata.state_dict_metadata.values() if not isinstance(e, BytesStorageMetadata))
     entry.size = torch.Size([10**6, 10**6])
     (shards / METADATA).write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="more than the shards hold"):
