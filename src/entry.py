@@ -8,6 +8,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import hydra
@@ -53,7 +55,7 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
         try:
             result = job(config)
         except Exception as error:
-            status = _status_of(error)
+            status = status_of(error)
             if status is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             fail(str(error), status)
@@ -73,7 +75,7 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)()
 
 
-def _status_of(error: Exception) -> int | None:
+def status_of(error: Exception) -> int | None:
     """With which exit status a message alone is enough; None for what only a traceback explains."""
     if isinstance(error, _USERS_MISTAKES):
         return 2
@@ -181,10 +183,34 @@ def outlive_output() -> None:
 
 
 def explain_overrides(config_name: str, overrides: list[str]) -> None:
-    """Composes once ahead of Hydra, because its own message for a misspelt key does not say which keys exist."""
+    """Composes once ahead of Hydra, because its own message for a misspelt key does not say which keys exist.
+
+    And looks at the folder that Hydra is about to write into.
+    """
     try:
-        compose_config(overrides, config_name)
+        config = compose_config(overrides, config_name, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         fail(unreadable_override(overrides) or first_misspelt_key(config_name, overrides) or str(error))
+    else:
+        check_folder(config)
+
+
+def check_folder(config: DictConfig) -> None:
+    """Ends the process with a message if a run's folder cannot be written, or a test would write over the record of training."""
+    try:
+        folder = Path(config.hydra.run.dir).absolute()
+    except OmegaConfBaseException:  # it depends on what only Hydra knows
+        return
+    if config.get("train") is False and (folder / "checkpoints").is_dir() and (folder / "run.json").exists():
+        fail(
+            f"train=false: {folder} holds the record of a run, which a test would overwrite; choose another hydra.run.dir, or score it "
+            f"with python src/evaluate.py ckpt_path={folder}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fail(f"hydra.run.dir={folder} cannot be written: {error.strerror}", status_of(error) or 1)

@@ -68,17 +68,18 @@ def test_a_kill_while_metrics_are_rewritten_costs_no_row(tmp_path, monkeypatch, 
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_new_column_rewrites_nothing_in_place(tmp_path, monkeypatch):
+def test_a_kill_while_a_column_is_added_costs_no_row(tmp_path, monkeypatch):
     fill(tmp_path, 50)
-    opened = []
-    real = io.open
-    monkeypatch.setattr("builtins.open", lambda *a, **k: opened.append((str(a[0]), a[1:])) or real(*a, **k))
     log = log_in(tmp_path)
     log.experiment.log_metrics({"train/loss": 1.0}, 50)
     log.save()
     log.experiment.log_metrics({"train/loss": 1.0, "train/other": 2.0}, 51)
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerows", lambda self, rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            log.save()
+    assert len(written(tmp_path)) == 51
     log.save()
-    monkeypatch.undo()
     assert len(written(tmp_path)) == 52
     assert written(tmp_path)[-1]["train/other"] == "2.0"
 
@@ -185,13 +186,24 @@ def test_signs_that_a_terminal_does_not_have_are_replaced():
     assert raw.getvalue() == b"? ? done\n"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_cannot_be_written_is_one_message(tmp_path, capsys):
-    tmp_path.chmod(0o500)
+@pytest.mark.parametrize("where", ["/proc/run", "{file}/run"])
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path, capsys, where):
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as ended:
-        main(train, "train", *TINY, f"hydra.run.dir={tmp_path}/run")
+        main(train, "train", *TINY, "hydra.run.dir=" + where.format(file=tmp_path / "file"))
     assert ended.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "cannot be written" in message
+    assert "Traceback" not in message
+
+
+def test_a_test_in_the_folder_of_a_run_is_refused_before_anything_is_written(tmp_path, capsys):
+    tiny_run(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        main(train, "train", *TINY, "train=false", f"ckpt_path={tmp_path}", f"hydra.run.dir={tmp_path}")
+    assert "evaluate.py" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # ---- L3: the guard --------------------------------------------------------------------------------------------------
