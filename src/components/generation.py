@@ -145,7 +145,8 @@ def generate(
         (before temperature, top_k and top_p).
 
     Raises:
-        ValueError: for an empty prompt, a token that the model does not have, a cache of other rows, or sampling without ``seed`` or ``streams``.
+        ValueError: for an empty prompt, a token that the model does not have, a cache of other rows, or sampling without ``seed`` or
+            ``streams``.
     """
     settings = _settings(settings, options)
     rows_of_tokens = [_tokens(prompt, net) for prompt in prompts]

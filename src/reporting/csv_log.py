@@ -68,17 +68,36 @@ class _Continued(ExperimentWriter):
 
     def save(self) -> None:
         """Appends what has been recorded since the last time, or nothing of it."""
+        if not self.metrics:
+            return
         path = Path(self.metrics_file_path)
-        size = path.stat().st_size if path.is_file() else None
+        columns = sorted(set(self.metrics_keys).union(*self.metrics))
         try:
-            super().save()
-            self._complained = False
+            if path.is_file() and columns != self.metrics_keys:
+                with path.open(newline="", encoding="utf-8") as file:
+                    rows = list(csv.DictReader(file))
+                self._write(rows, columns)
+            self.metrics_keys = columns
+            self._append(path)
         except OSError as error:
-            with suppress(OSError):
-                path.unlink(missing_ok=True) if size is None else os.truncate(path, size)
             if not self._complained:
                 log.error(f"{path} cannot be written ({error}); training goes on, and what is logged is kept for later")
             self._complained = True
+        else:
+            self.metrics, self._complained = [], False
+
+    def _append(self, path: Path) -> None:
+        size = path.stat().st_size if path.is_file() else None
+        try:
+            with path.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+                if size is None:
+                    writer.writeheader()
+                writer.writerows(self.metrics)
+        except BaseException:
+            with suppress(OSError):
+                path.unlink(missing_ok=True) if size is None else os.truncate(path, size)
+            raise
 
     def _restore(self, rows: list[dict[str, str]]) -> None:
         self.metrics_keys = sorted({name for row in rows for name in row})
@@ -86,12 +105,6 @@ class _Continued(ExperimentWriter):
             self._write(rows, self.metrics_keys)
         else:
             Path(self.metrics_file_path).unlink(missing_ok=True)
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """Replaces the rewriting in place of the base class."""
-        with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        self._write(rows, fieldnames)
 
     def _write(self, rows: list[dict[str, str]], fieldnames: list[str]) -> None:
         with written_whole(Path(self.metrics_file_path)) as file:

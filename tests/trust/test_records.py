@@ -113,27 +113,24 @@ def test_damaged_metrics_are_put_aside_and_the_run_goes_on(tmp_path, caplog, nam
 
 
 def test_a_full_disk_costs_no_row_and_no_run(tmp_path, monkeypatch, caplog):
-    """Of the log; what could not be written is written when there is room again."""
+    """Of the log; what could not be written is written when there is room again, new columns too."""
     full = [False]
-    save = CSVLog.save
-    from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+    write = csv.DictWriter.writerows
 
-    write = ExperimentWriter.save
-
-    def fails(self: ExperimentWriter) -> None:
-        if full[0] and self.metrics:
-            with Path(self.metrics_file_path).open("a") as file:
-                file.write("half a row")
+    def fails(self: csv.DictWriter, rows: list) -> None:
+        write(self, rows)
+        if full[0]:
+            self.writer.writerow(["half a row"])
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(self)
 
-    monkeypatch.setattr(ExperimentWriter, "save", fails)
+    monkeypatch.setattr(csv.DictWriter, "writerows", fails)
     log = log_in(tmp_path)
     for step in range(6):
         full[0] = step in (2, 3)
-        log.experiment.log_metrics({"train/loss": float(step)}, step)
-        save(log)
+        log.experiment.log_metrics({"train/loss": float(step)} | ({"val/loss": 1.0} if step == 3 else {}), step)
+        log.save()
     assert [row["train/loss"] for row in written(tmp_path)] == [str(float(step)) for step in range(6)]
+    assert [row["val/loss"] for row in written(tmp_path)].count("1.0") == 1
     assert caplog.text.count("cannot be written") == 1
 
 
