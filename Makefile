@@ -8,7 +8,7 @@ MAMBA ?= mamba-ssm==2.3.2.post1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train report test test-kernels lint format clean
+.PHONY: help train report test test-kernels trust lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,12 @@ test: .venv/dev ## all tests but the slow ones and those that need a GPU
 
 test-kernels: .venv/kernels ## the fused kernels of fla and mamba-ssm against ours, on the CPU in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/upstream
+
+trust: .venv/kernels ## measure again what docs/trust.md says; minutes on two cores
+	mkdir -p .pytest_cache
+	$(BIN)/python -m pytest -n 2 -m "not gpu" --measure .pytest_cache/trust.json tests/components tests/checkpoints/test_official.py tests/trust/test_matrix.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --measure .pytest_cache/trust-kernels.json tests/upstream
+	$(BIN)/python -m tests.trust.page .pytest_cache/trust.json .pytest_cache/trust-kernels.json
 
 lint: .venv/dev ## style and types
 	$(BIN)/ruff check .

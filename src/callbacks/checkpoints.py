@@ -62,8 +62,8 @@ class Checkpoints(ModelCheckpoint):
         return self._last_checkpoint_saved or None
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        own = Path(str(self.dirpath)).absolute()
-        return previous != current and own in Path(previous).absolute().parents
+        # By where it really lies: what a checkpoint says of files to be removed may come from elsewhere.
+        return previous != current and Path(previous).parent.resolve() == Path(str(self.dirpath)).resolve()
 
 
 def _moved(value: Any, before: str, now: str) -> Any:

@@ -189,3 +189,25 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.startswith("False checkpoint")
+
+
+def test_files_that_a_checkpoint_wants_removed_stay(tmp_path):
+    """What a run resumed from a stranger's checkpoint removes in time lies in its own folder."""
+    from src.callbacks.checkpoints import Checkpoints
+
+    own = tmp_path / "run" / "checkpoints"
+    own.mkdir(parents=True)
+    (tmp_path / "run" / "link").symlink_to(tmp_path)
+    callback = Checkpoints(dirpath=own, monitor="step", filename="step{step:08d}", save_top_k=2, mode="max")
+
+    def removes(path: Path) -> bool:
+        return callback._should_remove_checkpoint(None, str(path), str(own / "step00000002.ckpt"))  # type: ignore[arg-type]
+
+    assert removes(own / "step00000001.ckpt")
+    for path in (
+        tmp_path / "mine.txt",
+        own / ".." / ".." / "mine.txt",
+        own / "sub" / "x",
+        tmp_path / "run" / "link" / "mine.txt",
+    ):
+        assert not removes(path)

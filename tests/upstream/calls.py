@@ -17,6 +17,7 @@ from src.components.kernels.gated_delta_rule import gated_delta_rule
 from src.components.kernels.gla import gla
 from src.components.kernels.recurrence import RecurrentState
 from src.components.kernels.ssd import ssd
+from tests.measured import note
 
 Call = dict[str, Any]  # keyword arguments of an operation but for segments, state and backend
 
@@ -105,5 +106,7 @@ def assert_alike(found: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], to
     for name, part in expected.items():
         assert found[name].shape == part.shape, name
         error = (found[name].float() - part.float()).abs().max().item()
-        allowed = tolerance * max(1.0, part.abs().max().item())
+        largest = max(1.0, part.abs().max().item())
+        note(error / largest)
+        allowed = tolerance * largest
         assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}"

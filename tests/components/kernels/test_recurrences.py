@@ -17,6 +17,7 @@ from src.components.kernels.gla import gla
 from src.components.kernels.recurrence import RecurrentState, recurrent_state
 from src.components.kernels.registry import BackendUnavailableError, Operation, forget_backends, used_backends
 from src.components.kernels.ssd import ssd
+from tests.measured import note
 
 HEADS, KEYS, VALUES = 4, 3, 5
 LENGTHS = [1, 2, 3, 7, 8, 16, 31, 32, 33, 40, 63, 64, 65, 66, 95, 127, 128, 129, 130]
@@ -341,6 +342,7 @@ def test_precision(op, backend, dtype, tolerance):
     expected, exact = op.front(
         **single(inputs, torch.float64), segments=segments, state=op.state(2), backend="recurrent"
     )
+    note((y.double() - expected).abs().max() / expected.abs().max())
     assert (y.double() - expected).abs().max() < tolerance * expected.abs().max()
     assert (after.memory.double() - exact.memory).abs().max() < 1e-5 * exact.memory.abs().max()
 
