@@ -108,7 +108,7 @@ def _build(
 ) -> None:
     """Fill `folder` with the files of a corpus. Reads the source two or three times and holds one batch at a time."""
     began = time.monotonic()
-    progress(f"preparing corpus {source.name}-{fingerprint}: reading")
+    progress(f"preparing corpus {source.name}-{fingerprint}: {source.summary() or 'reading'}")
     plan = plan_splits(source.documents(), shares)
     total = sum(plan.bytes.values())
     progress(f"{sum(plan.documents.values())} documents, {total / 1e6:.1f} MB; tokeniser {options.kind}")
