@@ -22,8 +22,9 @@ from src.datamodules.corpora.splits import SPLITS
 from src.datamodules.corpora.tokenizer import Tokenizer
 from src.datamodules.permutation import permute_array
 
-FORMAT = 1
-"""Version of the files in a cache folder. It enters the fingerprint: an older layout is rebuilt, not misread."""
+FORMAT = 2
+"""Version of the files in a cache folder and of the rules by which they were made (which text is read, which split a
+document goes to). It enters the fingerprint: what older rules made is built again, not misread."""
 
 
 def tokens_file(split: str) -> str:

@@ -30,11 +30,11 @@ import numpy as np
 from src.datamodules.corpora.corpus import FORMAT, Corpus, damage, offsets_file, tokens_file
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.sources import Document, Source
-from src.datamodules.corpora.splits import SPLITS, SplitPlan, SplitShares, hash_unit, plan_splits
+from src.datamodules.corpora.splits import SPLITS, SplitPlan, SplitShares, content_key, hash_unit, plan_splits
 from src.datamodules.corpora.tokenizer import Tokenizer, TokenizerOptions
 
 TOKENIZER_TRAINING_BYTES = 256 * 2**20
-"""A BPE is trained on documents of the train split chosen by a second hash of their names: about this much at most."""
+"""A BPE is trained on documents of the train split chosen by a second hash of their text: about this much at most."""
 
 _BATCH_CHARACTERS = 2**21
 _PROGRESS_SECONDS = 5.0
@@ -60,7 +60,7 @@ def prepare(
         source: where the documents come from.
         tokenizer: which tokeniser to make or open.
         cache_dir: folder of all prepared corpora; created if missing; not inside the folder that the source reads.
-        val_share, test_share: expected shares of the documents, by a hash of their names (see `splits`).
+        val_share, test_share: expected shares of the documents, by a hash of their text (see `splits`).
         progress: called with a line of text at the start, every five seconds, and at the end of a build.
 
     Raises CorpusError if the source cannot be read, holds fewer than three documents or changes meanwhile, or if an
@@ -122,7 +122,8 @@ def _build(
         "fingerprint": fingerprint,
         "source": source.describe(),
         "shares": {"val": shares.val, "test": shares.test},
-        "moved_to_fill_a_split": plan.moved,
+        "moved_to_fill_a_split": plan.moved_names,
+        "duplicate_documents": plan.duplicates,
         "tokenizer": {
             **options.identity(),
             "vocab_size": tokenizer.vocab_size,
@@ -142,8 +143,9 @@ def _build(
 
 def _training_texts(source: Source, plan: SplitPlan) -> Iterator[str]:
     keep = TOKENIZER_TRAINING_BYTES / max(plan.bytes["train"], 1)
-    for name, text in source.documents():
-        if plan.of(name) == "train" and (keep >= 1 or hash_unit(name, "tokenizer") < keep):
+    for _, text in source.documents():
+        key = content_key(text)
+        if plan.of(key) == "train" and (keep >= 1 or hash_unit(key, "tokenizer") < keep):
             yield text
 
 
@@ -159,8 +161,8 @@ def _write_tokens(
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(_SplitWriter(folder, split, dtype)) for split in SPLITS}
         for batch in _batches(source.documents()):
-            for (name, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-                split = plan.of(name)
+            for (_, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+                split = plan.of(content_key(text))
                 writers[split].append(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]))
                 counts[split]["documents"] += 1
                 counts[split]["tokens"] += len(ids) + 2
