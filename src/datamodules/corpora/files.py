@@ -6,6 +6,7 @@ names that are not UTF-8. Listing and opening are the two places where all of th
 
 import contextlib
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from src.datamodules.corpora.errors import CorpusError
 
@@ -152,7 +153,7 @@ def kind_of(mode: int) -> str:
     return next((word for test, word in _KINDS if test(mode)), "a special file")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading; CorpusError for anything else, which might block for ever or act when opened."""
 
     def check(mode: int) -> None:

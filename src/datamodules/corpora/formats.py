@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.files import open_regular, printable
@@ -75,12 +75,12 @@ def kind_of_file(name: str) -> str:
 
 
 @contextlib.contextmanager
-def open_text(path: Path) -> Iterator[io.BufferedReader]:
+def open_text(path: Path) -> Iterator["io.BufferedReader[Any]"]:
     """Open a file for reading, decompressed as its name says; CorpusError if it is not regular or expands too far."""
     with open_regular(path) as file:
         suffix = path.suffix.lower()
         if suffix not in COMPRESSIONS:
-            yield cast(io.BufferedReader, file)
+            yield file
             return
         limit = max(MAX_DOCUMENT_BYTES, MAX_EXPANSION * os.fstat(file.fileno()).st_size)
         with io.BufferedReader(_Decompressed(_read_function(file, suffix), path, limit)) as stream:

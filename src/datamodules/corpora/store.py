@@ -4,10 +4,11 @@
         {train,val,test}.tokens.npy     uint16 (uint32 above 65536 tokens), documents as BOS + tokens + EOS
         {train,val,test}.offsets.npy    int64, where documents start; last, their end
         tokenizer.json                  opens with Hugging Face tokenizers
-        meta.json                       source, options, counts, file sizes, library versions
+        meta.json                       source, options, counts, sizes and checksums of the files, library versions
 
 The fingerprint hashes the options and the source's files (`fingerprint_files`), so a change of either makes a new
-folder. A folder is built under a temporary name beside its place and renamed: it is there whole or not at all.
+folder. A folder is built under a temporary name beside its place, written through to the disk and renamed: it is there
+whole or not at all. It is checked whenever it is opened (`integrity`).
 Processes that build at the same time do the same work, and the first to finish wins.
 """
 
@@ -16,6 +17,7 @@ import hashlib
 import json
 import logging
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -27,8 +29,18 @@ from typing import Any
 
 import numpy as np
 
-from src.datamodules.corpora.corpus import FORMAT, Corpus, damage, offsets_file, tokens_file
+from src.datamodules.corpora.corpus import Corpus
 from src.datamodules.corpora.errors import CorpusError
+from src.datamodules.corpora.integrity import (
+    FORMAT,
+    TOKENIZER,
+    DamagedCorpusError,
+    offsets_file,
+    sync,
+    token_type,
+    tokens_file,
+    write_meta,
+)
 from src.datamodules.corpora.sources import Document, Source
 from src.datamodules.corpora.splits import SPLITS, SplitPlan, SplitShares, content_key, hash_unit, plan_splits
 from src.datamodules.corpora.tokenizer import Tokenizer, TokenizerOptions
@@ -39,6 +51,7 @@ TOKENIZER_TRAINING_BYTES = 256 * 2**20
 _BATCH_CHARACTERS = 2**21
 _PROGRESS_SECONDS = 5.0
 _ABANDONED_SECONDS = 24 * 3600
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,150}")
 
 _log = logging.getLogger(__name__)
 
@@ -64,27 +77,53 @@ def prepare(
         progress: called with a line of text at the start, every five seconds, and at the end of a build.
 
     Raises CorpusError if the source cannot be read, holds fewer than three documents or changes meanwhile, or if an
-    option is impossible. A damaged folder is rebuilt with a warning.
+    option is impossible. A damaged folder is rebuilt with a warning that names the file.
     """
     shares = SplitShares(val_share, test_share)
     cache_dir = Path(cache_dir).expanduser()
+    if not _SAFE_NAME.fullmatch(source.name):
+        raise CorpusError(f"source name {source.name!r} must be letters, digits, _ and -: it becomes a folder's name")
     if source.root is not None and cache_dir.resolve().is_relative_to(source.root.resolve()):
         raise CorpusError(f"cache_dir={str(cache_dir)!r} lies in {source.root}, which is read as text: choose another")
     fingerprint = _fingerprint(source, tokenizer, shares)
     target = cache_dir / f"{source.name}-{fingerprint}"
     if target.exists():
-        problem = damage(target)
-        if problem is None:
-            return Corpus(target)
-        warnings.warn(f"cached corpus {target} is damaged: {problem}; building it again", stacklevel=2)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            return _opened(target, fingerprint)
+        except DamagedCorpusError as error:
+            warnings.warn(f"cached corpus {target} is damaged: {error.problem}; building it again", stacklevel=2)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise CorpusError(f"cache_dir={str(cache_dir)!r} is a file, not a folder") from None
     _remove_abandoned(cache_dir, target.name)
     with _temporary_folder(cache_dir, target.name) as folder:
         _build(folder, source, tokenizer, shares, fingerprint=fingerprint, progress=progress)
         if _fingerprint(source, tokenizer, shares) != fingerprint:
             raise CorpusError(f"the files of source {source.name!r} changed while they were read: prepare it again")
-        _install(folder, target)
-    return Corpus(target)
+        _install(folder, target, fingerprint)
+    return _opened(target, fingerprint)
+
+
+def corpus_identity(
+    source: Source, tokenizer: TokenizerOptions, *, val_share: float = 0.05, test_share: float = 0.05
+) -> dict[str, str]:
+    """Return name and fingerprint of the corpus that `prepare` would return, without preparing it.
+
+    Reads the files, or only their sizes and times where they are many (`fingerprint_files`); a file that this process
+    has read for this before, and that has not changed since, is not read again. Raises CorpusError as `prepare` does.
+    """
+    return {
+        "corpus": source.name,
+        "fingerprint": _fingerprint(source, tokenizer, SplitShares(val_share, test_share)),
+    }
+
+
+def _opened(target: Path, fingerprint: str) -> Corpus:
+    corpus = Corpus(target)
+    if corpus.fingerprint != fingerprint:
+        raise DamagedCorpusError(target, f"meta.json is that of another corpus, {corpus.fingerprint}")
+    return corpus
 
 
 def _fingerprint(source: Source, tokenizer: TokenizerOptions, shares: SplitShares) -> str:
@@ -113,9 +152,8 @@ def _build(
     total = sum(plan.bytes.values())
     progress(f"{sum(plan.documents.values())} documents, {total / 1e6:.1f} MB; tokeniser {options.kind}")
     tokenizer = options.build(lambda: _training_texts(source, plan))
-    tokenizer.save(folder / "tokenizer.json")
+    tokenizer.save(folder / TOKENIZER)
     counts = _write_tokens(folder, source, plan, tokenizer, progress)
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     meta = {
         "format": FORMAT,
         "name": source.name,
@@ -130,13 +168,12 @@ def _build(
             **{"bos": tokenizer.bos, "eos": tokenizer.eos, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
         },
         "splits": counts,
-        "files": files,
         "libraries": {
             "python": platform.python_version(),
             **{package: version(package) for package in ("numpy", "tokenizers", "pyarrow")},
         },
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_meta(folder, meta)
     tokens = sum(split["tokens"] for split in counts.values())
     progress(f"{tokens} tokens, {total / tokens:.2f} bytes per token, in {time.monotonic() - began:.1f} s")
 
@@ -153,7 +190,7 @@ def _write_tokens(
     folder: Path, source: Source, plan: SplitPlan, tokenizer: Tokenizer, progress: Progress
 ) -> dict[str, dict[str, int]]:
     """Write the token and offset files; return the counts of documents, tokens and bytes of each split."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    dtype = token_type(tokenizer.vocab_size)
     total = sum(plan.bytes.values())
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     token_bytes = 0
@@ -254,16 +291,19 @@ def _temporary_folder(cache_dir: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _install(folder: Path, target: Path) -> None:
+def _install(folder: Path, target: Path, fingerprint: str) -> None:
     """Rename `folder` to `target`; a complete corpus that another process put there stays, a damaged one gives way."""
     for _ in range(10):
         try:
             folder.rename(target)
-            return
         except OSError:
             if not target.exists():
                 raise
-        if damage(target) is None:
+        else:
+            sync(target.parent)
+            return
+        with contextlib.suppress(DamagedCorpusError):
+            _opened(target, fingerprint)
             return
         with _temporary_folder(target.parent, target.name) as aside, contextlib.suppress(OSError):
             target.rename(aside / "damaged")

@@ -122,7 +122,7 @@ class Tokenizer:
             listing = " ".join(special[:20]) + (f" and {len(special) - 20} more" if len(special) > 20 else "")
             wanted = "none of the usual names" if given is None else f"no token {given!r}"
             raise CorpusError(
-                f"tokenizer {path} has {wanted} for its {option.upper()} token: set {option}= to one of its special"
+                f"tokenizer {path} has {wanted} for its {option.upper()} token: set data.{option}= to one of its special"
                 f" tokens: {listing or 'it has none'}"
             )
 

@@ -178,9 +178,9 @@ class TestExistingTokenizers:
         assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
         ordinary = Tokenizer.load(path, bos="a", eos="<stop>")
         assert ordinary.bytes_per_token.tolist() == [0, 1, 0, 0, 0]
-        with pytest.raises(CorpusError, match=r"none of the usual names for its BOS.*bos=.*<start> <stop> </s>"):
+        with pytest.raises(CorpusError, match=r"none of the usual names for its BOS.*data\.bos=.*<start> <stop> </s>"):
             Tokenizer.load(path)
-        with pytest.raises(CorpusError, match="no token '<end>' for its EOS"):
+        with pytest.raises(CorpusError, match=r"no token '<end>' for its EOS.*data\.eos="):
             Tokenizer.load(path, bos="<start>", eos="<end>")
 
     def test_truncation_and_padding_are_switched_off(self, tmp_path):
