@@ -15,14 +15,13 @@ Processes that build at the same time do the same work, and the first to finish 
 import contextlib
 import hashlib
 import json
-import logging
 import platform
 import re
 import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from src.datamodules.corpora.integrity import (
     tokens_file,
     write_meta,
 )
+from src.datamodules.corpora.progress import Heartbeat, Progress, say
 from src.datamodules.corpora.sources import Document, Source
 from src.datamodules.corpora.splits import SPLITS, SplitPlan, SplitShares, content_key, hash_unit, plan_splits
 from src.datamodules.corpora.tokenizer import Tokenizer, TokenizerOptions
@@ -53,10 +53,6 @@ _PROGRESS_SECONDS = 5.0
 _ABANDONED_SECONDS = 24 * 3600
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,150}")
 
-_log = logging.getLogger(__name__)
-
-Progress = Callable[[str], None]
-
 
 def prepare(
     source: Source,
@@ -65,7 +61,7 @@ def prepare(
     *,
     val_share: float = 0.05,
     test_share: float = 0.05,
-    progress: Progress = _log.info,
+    progress: Progress = say,
 ) -> Corpus:
     """Return the corpus of `source`, tokenised and written under `cache_dir` unless it is there already.
 
@@ -74,7 +70,8 @@ def prepare(
         tokenizer: which tokeniser to make or open.
         cache_dir: folder of all prepared corpora; created if missing; not inside the folder that the source reads.
         val_share, test_share: expected shares of the documents, by a hash of their text (see `splits`).
-        progress: called with a line of text at the start, every five seconds, and at the end of a build.
+        progress: called with a line of text at the start, every five seconds, and at the end of a build; from a thread
+            of its own while a library call does not return.
 
     Raises CorpusError if the source cannot be read, holds fewer than three documents or changes meanwhile, or if an
     option is impossible. A damaged folder is rebuilt with a warning that names the file.
@@ -147,54 +144,94 @@ def _build(
 ) -> None:
     """Fill `folder` with the files of a corpus. Reads the source two or three times and holds one batch at a time."""
     began = time.monotonic()
-    progress(f"preparing corpus {source.name}-{fingerprint}: {source.summary() or 'reading'}")
-    plan = plan_splits(source.documents(), shares)
-    total = sum(plan.bytes.values())
-    progress(f"{sum(plan.documents.values())} documents, {total / 1e6:.1f} MB; tokeniser {options.kind}")
-    tokenizer = options.build(lambda: _training_texts(source, plan))
-    tokenizer.save(folder / TOKENIZER)
-    counts = _write_tokens(folder, source, plan, tokenizer, progress)
-    meta = {
-        "format": FORMAT,
-        "name": source.name,
-        "fingerprint": fingerprint,
-        "source": source.describe(),
-        "shares": {"val": shares.val, "test": shares.test},
-        "moved_to_fill_a_split": plan.moved_names,
-        "duplicate_documents": plan.duplicates,
-        "tokenizer": {
-            **options.identity(),
-            "vocab_size": tokenizer.vocab_size,
-            **{"bos": tokenizer.bos, "eos": tokenizer.eos, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
-        },
-        "splits": counts,
-        "libraries": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("numpy", "tokenizers", "pyarrow")},
-        },
-    }
-    write_meta(folder, meta)
-    tokens = sum(split["tokens"] for split in counts.values())
-    progress(f"{tokens} tokens, {total / tokens:.2f} bytes per token, in {time.monotonic() - began:.1f} s")
+    with Heartbeat(progress, _PROGRESS_SECONDS) as heart:
+        read = _Counter()
+        heart.say(
+            f"preparing corpus {source.name}-{fingerprint}: {source.summary() or 'reading'}",
+            doing=lambda: f"read {read.documents} documents, {read.megabytes:.0f} MB",
+        )
+        plan = plan_splits(read.count(source.documents()), shares)
+        total = sum(plan.bytes.values())
+        tokenizer = _make_tokenizer(source, options, plan, heart)
+        tokenizer.save(folder / TOKENIZER)
+        counts = _write_tokens(folder, source, plan, tokenizer, heart)
+        tokens = sum(split["tokens"] for split in counts.values())
+        meta = {
+            "format": FORMAT,
+            "name": source.name,
+            "fingerprint": fingerprint,
+            "source": source.describe(),
+            "shares": {"val": shares.val, "test": shares.test},
+            "moved_to_fill_a_split": plan.moved_names,
+            "duplicate_documents": plan.duplicates,
+            "tokenizer": {
+                **options.identity(),
+                "vocab_size": tokenizer.vocab_size,
+                **{"bos": tokenizer.bos, "eos": tokenizer.eos, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+            },
+            "splits": counts,
+            "libraries": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("numpy", "tokenizers", "pyarrow")},
+            },
+        }
+        write_meta(folder, meta)
+        heart.say(f"{tokens} tokens, {total / tokens:.2f} bytes per token, in {time.monotonic() - began:.1f} s")
 
 
-def _training_texts(source: Source, plan: SplitPlan) -> Iterator[str]:
+class _Counter:
+    """How much of a source has been read."""
+
+    def __init__(self) -> None:
+        self.documents = self.characters = 0
+
+    @property
+    def megabytes(self) -> float:
+        return self.characters / 1e6
+
+    def count(self, documents: Iterable[Document]) -> Iterator[Document]:
+        for document in documents:
+            self.documents += 1
+            self.characters += len(document.text)
+            yield document
+
+
+def _make_tokenizer(source: Source, options: TokenizerOptions, plan: SplitPlan, heart: Heartbeat) -> Tokenizer:
+    read = _Counter()
+    amount = min(plan.bytes["train"], TOKENIZER_TRAINING_BYTES) / 1e6
+    training = f", trained on {amount:.1f} MB" if options.kind == "bpe" else ""
+    began = time.monotonic()
+    heart.say(
+        f"{sum(plan.documents.values())} documents, {sum(plan.bytes.values()) / 1e6:.1f} MB; tokeniser {options.kind}"
+        + training,
+        doing=lambda: (
+            f"training the tokeniser: {read.megabytes:.0f} of {amount:.0f} MB read, {time.monotonic() - began:.0f} s"
+        ),
+    )
+    return options.build(lambda: (text for _, text in read.count(_training_documents(source, plan))))
+
+
+def _training_documents(source: Source, plan: SplitPlan) -> Iterator[Document]:
     keep = TOKENIZER_TRAINING_BYTES / max(plan.bytes["train"], 1)
-    for _, text in source.documents():
-        key = content_key(text)
+    for document in source.documents():
+        key = content_key(document.text)
         if plan.of(key) == "train" and (keep >= 1 or hash_unit(key, "tokenizer") < keep):
-            yield text
+            yield document
 
 
 def _write_tokens(
-    folder: Path, source: Source, plan: SplitPlan, tokenizer: Tokenizer, progress: Progress
+    folder: Path, source: Source, plan: SplitPlan, tokenizer: Tokenizer, heart: Heartbeat
 ) -> dict[str, dict[str, int]]:
     """Write the token and offset files; return the counts of documents, tokens and bytes of each split."""
     dtype = token_type(tokenizer.vocab_size)
     total = sum(plan.bytes.values())
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     token_bytes = 0
-    reported = time.monotonic()
+
+    def done() -> str:
+        return f"tokenised {sum(split['bytes'] for split in counts.values()) / 1e6:.0f} of {total / 1e6:.0f} MB"
+
+    heart.say(f"tokenising {total / 1e6:.1f} MB with {tokenizer.vocab_size} tokens", doing=done)
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(_SplitWriter(folder, split, dtype)) for split in SPLITS}
         for batch in _batches(source.documents()):
@@ -205,11 +242,6 @@ def _write_tokens(
                 counts[split]["tokens"] += len(ids) + 2
                 counts[split]["bytes"] += len(text.encode())
                 token_bytes += int(tokenizer.bytes_per_token[ids].sum())
-            if time.monotonic() - reported > _PROGRESS_SECONDS:
-                reported = time.monotonic()
-                progress(
-                    f"tokenised {sum(split['bytes'] for split in counts.values()) / 1e6:.0f} of {total / 1e6:.0f} MB"
-                )
     text_bytes = sum(split["bytes"] for split in counts.values())
     if token_bytes != text_bytes:
         warnings.warn(

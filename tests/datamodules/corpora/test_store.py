@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -13,7 +15,17 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 import src
-from src.datamodules.corpora import SPLITS, Corpus, CorpusError, TextFiles, Tokenizer, TokenizerOptions, prepare, store
+from src.datamodules.corpora import (
+    SPLITS,
+    Corpus,
+    CorpusError,
+    TextFiles,
+    Tokenizer,
+    TokenizerOptions,
+    prepare,
+    progress,
+    store,
+)
 from src.datamodules.corpora.corpus import damage
 from src.datamodules.corpora.splits import SplitShares, content_key
 
@@ -125,14 +137,55 @@ class TestContent:
         assert max(sizes) < 1000 + longest
         assert contents(pieces) == contents(whole)
 
-    def test_progress(self, folder, tmp_path, monkeypatch, capsys):
+    def test_progress(self, folder, tmp_path, capsys):
         lines = []
-        monkeypatch.setattr(store, "_PROGRESS_SECONDS", -1)
         prepare(TextFiles(folder), BYTES, tmp_path / "cache", progress=lines.append)
-        assert [line.split()[0] for line in lines] == ["preparing", "80", "tokenised", lines[-1].split()[0]]
+        assert [line.split()[0] for line in lines] == ["preparing", "80", "tokenising", lines[-1].split()[0]]
+        assert "reading 50 .txt, 1 .jsonl" in lines[0]
         assert "bytes per token" in lines[-1]
         prepare(TextFiles(folder), BYTES, tmp_path / "quiet")
         assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize("phase", ["reading", "training", "tokenising"])
+    def test_every_phase_says_how_far_it_is(self, folder, tmp_path, monkeypatch, phase):
+        """Also while one call does not return."""
+        monkeypatch.setattr(store, "_PROGRESS_SECONDS", 0.1)
+        monkeypatch.setattr(progress, "_SHORTEST_WAIT", 0.1)
+        owner, name = {
+            "reading": (TextFiles, "finish"),
+            "training": (Tokenizer, "train"),
+            "tokenising": (Tokenizer, "encode_batch"),
+        }[phase]
+        act = getattr(owner, name)
+
+        def slowly(*args):
+            args = (list(args[0]), args[1]) if phase == "training" else args  # the texts are read, nothing is done yet
+            time.sleep(0.5)
+            return act(*args)
+
+        monkeypatch.setattr(owner, name, slowly)
+        lines = []
+        prepare(TextFiles(folder), BPE, tmp_path / "cache", progress=lines.append)
+        expected = {"reading": "read 80 documents", "training": "training the tokeniser: ", "tokenising": "tokenised 0"}
+        assert sum(line.startswith(expected[phase]) for line in lines) >= 2
+        assert "progress of a corpus" not in {thread.name for thread in threading.enumerate()}
+
+    def test_a_line_that_cannot_be_printed_ends_nothing(self, monkeypatch):
+        monkeypatch.setattr(progress, "_SHORTEST_WAIT", 0.01)
+        with progress.Heartbeat(lambda line: print(1 / 0) if line == "late" else None, 0.01) as heart:
+            heart.say("first", doing=lambda: "late")
+            time.sleep(0.1)
+            assert heart._thread.is_alive()
+
+    def test_lines_appear_where_nobody_has_set_up_logging(self, folder, tmp_path):
+        program = (
+            "import sys; from src.datamodules.corpora import TextFiles, TokenizerOptions, prepare\n"
+            "prepare(TextFiles(sys.argv[1]), TokenizerOptions('bpe', vocab_size=300), sys.argv[2])"
+        )
+        command = [sys.executable, "-c", program, str(folder), str(tmp_path / "cache")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert [line.split()[0] for line in run.stderr.splitlines()][:3] == ["preparing", "80", "tokenising"]
 
 
 class TestIdenticalDocuments:
