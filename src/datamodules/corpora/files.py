@@ -87,30 +87,33 @@ def walk_files(root: Path, skipped_folders: Collection[str] = ()) -> tuple[list[
     entries: list[Entry] = []
     entered: set[tuple[int, int]] = set()
     hidden = 0
-
-    def fail(error: OSError) -> None:
-        raise CorpusError(f"folder {printable(error.filename)} cannot be read: {error.strerror}") from error
-
-    pending = [(root, False)]
-    while pending:
-        top, linked = pending.pop(0)
-        for place, folders, names in os.walk(top, onerror=fail):
-            with reading(Path(place)):
-                status = os.stat(place)
+    folders, links = [(root, False)], []  # not os.walk, which calls itself for every level of a deep tree
+    while folders or links:
+        if not folders:
+            links.sort(reverse=True)
+            folders.append(links.pop())
+        folder, linked = folders.pop()
+        with _listing(folder) as (status, items):
             if (status.st_dev, status.st_ino) in entered:
-                folders.clear()
                 continue
             entered.add((status.st_dev, status.st_ino))
-            hidden += sum(name.startswith(".") for name in [*folders, *names])
-            kept = sorted(name for name in folders if not name.startswith(".") and name not in skipped_folders)
-            links = {name for name in kept if os.path.islink(os.path.join(place, name))}
-            pending.extend((Path(place, name), True) for name in links)
-            folders[:] = [name for name in kept if name not in links]
-            entries.extend(
-                _entry(Path(place, name), root, linked) for name in sorted(names) if not name.startswith(".")
-            )
-        pending.sort()
+            for item in items:
+                if item.name.startswith("."):
+                    hidden += 1
+                elif not item.is_dir():
+                    entries.append(_entry(folder / item.name, root, linked))
+                elif item.name not in skipped_folders:
+                    (links if item.is_symlink() else folders).append((folder / item.name, linked or item.is_symlink()))
     return entries, hidden
+
+
+@contextlib.contextmanager
+def _listing(folder: Path) -> Iterator[tuple[os.stat_result, list[os.DirEntry[str]]]]:
+    try:
+        with os.scandir(folder) as items:
+            yield folder.stat(), list(items)
+    except OSError as error:
+        raise CorpusError(f"folder {printable(folder)} cannot be read: {error.strerror}") from error
 
 
 def _entry(path: Path, root: Path, linked: bool) -> Entry:

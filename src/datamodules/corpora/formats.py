@@ -31,11 +31,14 @@ KNOWN_EXTENSIONS = (*PLAIN_EXTENSIONS, *JSON_EXTENSIONS, *PARQUET_EXTENSIONS)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 MAX_DOCUMENT_BYTES = 2**30
-"""Longest text, in bytes: a plain file, or one line of JSON."""
+"""Longest text, in bytes."""
+MAX_LINE_BYTES = 2**26
+"""Longest line of JSON, in bytes: parsed, one of many small values takes twenty times the memory."""
 MAX_EXPANSION = 1000
 """A compressed file may become this many times its size, or `MAX_DOCUMENT_BYTES` if that is more."""
 
 _XZ_MEMORY = 2**29
+_BATCH_ROWS = 64
 _NUL_SHARE = 0.1
 _UNDECODABLE_SHARE = 0.25
 # UTF-32 first: its mark begins with that of UTF-16.
@@ -166,7 +169,9 @@ def read_plain(path: Path) -> tuple[str | CorpusError, bool]:
     with open_text(path) as file:
         data = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
-        return _too_long(place, "a file of plain text is one document: cut it, or write it as .jsonl"), False
+        return _too_long(
+            place, MAX_DOCUMENT_BYTES, "a file of plain text is one document: cut it, or write it as .jsonl"
+        ), False
     encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
     if encoding.startswith("utf-8") and data.count(0) > _NUL_SHARE * len(data):
         return CorpusError(
@@ -191,7 +196,9 @@ def read_json_lines(path: Path, text_of: Callable[[dict[str, Any], str], str]) -
         for number, line in enumerate(_lines(file, path), start=1):
             place = f"{printable(path)}:{number}"
             if line is None:
-                yield Row(number, _too_long(place, "if the file is one JSON array, write one object per line"))
+                yield Row(
+                    number, _too_long(place, MAX_LINE_BYTES, "if the file is one JSON array, write one object per line")
+                )
             elif not line.isspace():
                 yield Row(number, _text_of_line(line, place, text_of))
 
@@ -206,8 +213,8 @@ def _lines(file: io.BufferedReader, path: Path) -> Iterator[bytes | str | None]:
     elif encoding == "utf-8-sig":
         file.read(len(codecs.BOM_UTF8))
     try:
-        while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
-            if len(line) <= MAX_DOCUMENT_BYTES:
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            if len(line) <= MAX_LINE_BYTES:
                 yield line
                 continue
             yield None
@@ -235,8 +242,8 @@ def _text_of_line(line: bytes | str, place: str, text_of: Callable[[dict[str, An
         return error
 
 
-def _too_long(place: str, advice: str) -> CorpusError:
-    return CorpusError(f"{place}: longer than {MAX_DOCUMENT_BYTES} bytes; {advice}")
+def _too_long(place: str, limit: int, advice: str) -> CorpusError:
+    return CorpusError(f"{place}: longer than {limit} bytes; {advice}")
 
 
 def read_parquet(path: Path, choose: Callable[[Iterable[str]], str]) -> Iterator[Row]:
@@ -251,7 +258,8 @@ def read_parquet(path: Path, choose: Callable[[Iterable[str]], str]) -> Iterator
         with open_regular(path) as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
             column = choose(table.schema_arrow.names)
             _check_column(table.schema_arrow, column, place)
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            # A long text that many rows repeat is stored once, and would be in memory as often as a batch has rows.
+            for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=[column]):
                 for value in _values(batch.column(0)):
                     number += 1
                     yield Row(number, _text_of_value(value, f"{place}:{number}"))
@@ -292,7 +300,7 @@ def _text_of_value(value: str | bytes | UnicodeDecodeError | None, place: str) -
         text = value.decode() if isinstance(value, bytes) else value or ""
     except UnicodeDecodeError as error:
         return CorpusError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})")
-    return _too_long(place, "cut it") if len(text) > MAX_DOCUMENT_BYTES else text
+    return _too_long(place, MAX_DOCUMENT_BYTES, "cut it") if len(text) > MAX_DOCUMENT_BYTES else text
 
 
 def valid_unicode(text: str) -> str:

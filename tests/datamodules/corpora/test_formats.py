@@ -10,6 +10,7 @@ import random
 import signal
 import socket
 import string
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -88,7 +89,7 @@ class TestCompression:
     def test_a_file_that_expands_beyond_measure(self, tmp_path, monkeypatch, suffix, name):
         monkeypatch.setattr(formats, "MAX_DOCUMENT_BYTES", 2**20)
         monkeypatch.setattr(formats, "MAX_EXPANSION", 50)
-        path = write(tmp_path / f"{name}{suffix}", COMPRESS[suffix](b'{"text": "a"}\n' * 2**20))
+        path = write(tmp_path / f"{name}{suffix}", COMPRESS[suffix](b'{"text": "a"}\n' * 2**18))
         with pytest.raises(CorpusError, match=rf"{name}{suffix} becomes more than \d+ bytes|longer than 1048576"):
             texts(TextFiles(path))
 
@@ -162,7 +163,7 @@ class TestLines:
     @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
     def test_a_line_longer_than_any_text(self, tmp_path, monkeypatch, encoding):
         monkeypatch.setattr(formats, "MAX_DOCUMENT_BYTES", 1000)
-        monkeypatch.setattr(formats, "MAX_EXPANSION", 10**6)
+        monkeypatch.setattr(formats, "MAX_LINE_BYTES", 1000)
         content = '{"text": "good"}\n["' + "x" * 5000 + '"]\n{"text": "fine"}\n'
         path = write(tmp_path / "a.jsonl", content.encode(encoding))
         with pytest.raises(CorpusError, match=r"a\.jsonl:2: longer than 1000 bytes.*one object per line"):
@@ -237,6 +238,29 @@ class TestParquet:
                 texts(TextFiles(path))
 
 
+class TestMutations:
+    def test_rows_of_json(self, tmp_path):
+        """Whatever is done to a file, it is read or refused with its name; with `skip_bad` only whole files are."""
+        numbers = random.Random(0)
+        rows = [json.dumps({"id": i, "text": f"text {i} é 🙂", "more": [{"a": None}]}) for i in range(20)]
+        outcomes = [0, 0]
+        for _ in range(300):
+            data = bytearray("\n".join(rows).encode(numbers.choice(["utf-8", "utf-8", "utf-8-sig", "utf-16"])))
+            for _ in range(numbers.choice([1, 3])):
+                place = numbers.randrange(len(data))
+                data[place : place + numbers.choice([0, 1, 40])] = numbers.choices(b'0{}[]"\\,:\xff\0\n', k=1)
+            suffix = numbers.choice(["", "", *COMPRESS])
+            path = write(tmp_path / f"a.jsonl{suffix}", COMPRESS.get(suffix, bytes)(bytes(data)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for skip_bad in (False, True):
+                    try:
+                        outcomes[skip_bad] += len(texts(TextFiles(path, skip_bad=skip_bad))) > 10
+                    except CorpusError as error:
+                        assert "a.jsonl" in str(error) or "none of its 1 file" in str(error)  # noqa: PT017
+        assert outcomes[0] < 200 < outcomes[1]
+
+
 class TestSpecialFiles:
     @pytest.fixture
     def folder(self, tmp_path, monkeypatch) -> Path:
@@ -304,6 +328,28 @@ class TestWhatIsLeftOut:
         source = TextFiles(tmp_path / "in")
         assert texts(source) == {"b/real.txt": "text"}
         assert source.summary() == "reading 1 .txt; left out 2 link(s) to files already listed"
+
+    def test_the_folder_itself_comes_before_links_to_it(self, tmp_path):
+        write(tmp_path / "in/z/a.txt", "text")
+        (tmp_path / "in/a").symlink_to("z")
+        (tmp_path / "in/m").mkdir()
+        (tmp_path / "in/m/up").symlink_to("..")
+        assert texts(TextFiles(tmp_path / "in")) == {"z/a.txt": "text"}
+
+    def test_deep_folders(self, tmp_path):
+        folder = os.open(tmp_path, os.O_RDONLY)
+        for _ in range(1100):
+            os.mkdir("d", dir_fd=folder)
+            inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        os.close(os.open("a.txt", os.O_CREAT | os.O_WRONLY, dir_fd=folder))
+        os.close(folder)
+        write(tmp_path / "b.txt", "text")
+        try:
+            assert texts(TextFiles(tmp_path)) == {"b.txt": "text"}
+        finally:  # Python's own way to remove a tree calls itself for every level
+            subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
 
     def test_names_of_links_count_where_the_file_s_own_does_not_fit(self, tmp_path):
         """As in the cache of a download: content under a hash, and a link with the real name."""
