@@ -54,6 +54,11 @@ class Heartbeat:
             self._last = time.monotonic()
         self._progress(line)
 
+    def doing(self, doing: Callable[[], str]) -> None:
+        """Report what `doing` returns whenever it is time for a line, and nothing now."""
+        with self._lock:
+            self._doing = doing
+
     def _beat(self) -> None:
         while not self._end.wait(max(_SHORTEST_WAIT, self._last + self._seconds - time.monotonic())):
             with self._lock:

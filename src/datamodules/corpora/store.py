@@ -51,7 +51,7 @@ TOKENIZER_TRAINING_BYTES = 256 * 2**20
 _BATCH_CHARACTERS = 2**21
 _PROGRESS_SECONDS = 5.0
 _ABANDONED_SECONDS = 24 * 3600
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,150}")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,149}")
 
 
 def prepare(
@@ -73,33 +73,38 @@ def prepare(
         progress: called with a line of text at the start, every five seconds, and at the end of a build; from a thread
             of its own while a library call does not return.
 
-    Raises CorpusError if the source cannot be read, holds fewer than three documents or changes meanwhile, or if an
+    Raises CorpusError if the source cannot be read, holds fewer than three distinct texts or changes meanwhile, or if an
     option is impossible. A damaged folder is rebuilt with a warning that names the file.
     """
     shares = SplitShares(val_share, test_share)
     cache_dir = Path(cache_dir).expanduser()
     if not _SAFE_NAME.fullmatch(source.name):
-        raise CorpusError(f"source name {source.name!r} must be letters, digits, _ and -: it becomes a folder's name")
+        raise CorpusError(
+            f"source name {source.name!r} must be letters, digits, '_', '-' and '.': it becomes a folder's name"
+        )
     if source.root is not None and cache_dir.resolve().is_relative_to(source.root.resolve()):
         raise CorpusError(f"cache_dir={str(cache_dir)!r} lies in {source.root}, which is read as text: choose another")
-    fingerprint = _fingerprint(source, tokenizer, shares)
-    target = cache_dir / f"{source.name}-{fingerprint}"
-    if target.exists():
+    with Heartbeat(progress, _PROGRESS_SECONDS) as heart:
+        heart.doing(lambda: f"listing and hashing the files of {source.name}")
+        fingerprint = _fingerprint(source, tokenizer, shares)
+        target = cache_dir / f"{source.name}-{fingerprint}"
+        if target.exists():
+            heart.doing(lambda: f"checking {target}")
+            try:
+                return _opened(target, fingerprint)
+            except DamagedCorpusError as error:
+                warnings.warn(f"cached corpus {target} is damaged: {error.problem}; building it again", stacklevel=2)
         try:
-            return _opened(target, fingerprint)
-        except DamagedCorpusError as error:
-            warnings.warn(f"cached corpus {target} is damaged: {error.problem}; building it again", stacklevel=2)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise CorpusError(f"cache_dir={str(cache_dir)!r} is a file, not a folder") from None
-    _remove_abandoned(cache_dir, target.name)
-    with _temporary_folder(cache_dir, target.name) as folder:
-        _build(folder, source, tokenizer, shares, fingerprint=fingerprint, progress=progress)
-        if _fingerprint(source, tokenizer, shares) != fingerprint:
-            raise CorpusError(f"the files of source {source.name!r} changed while they were read: prepare it again")
-        _install(folder, target, fingerprint)
-    return _opened(target, fingerprint)
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise CorpusError(f"cache_dir={str(cache_dir)!r} is a file, not a folder") from None
+        _remove_abandoned(cache_dir, target.name)
+        with _temporary_folder(cache_dir, target.name) as folder:
+            _build(folder, source, tokenizer, shares, fingerprint=fingerprint, heart=heart)
+            if _fingerprint(source, tokenizer, shares) != fingerprint:
+                raise CorpusError(f"the files of source {source.name!r} changed while they were read: prepare it again")
+            _install(folder, target, fingerprint)
+        return _opened(target, fingerprint)
 
 
 def corpus_identity(
@@ -140,43 +145,43 @@ def _build(
     shares: SplitShares,
     *,
     fingerprint: str,
-    progress: Progress,
+    heart: Heartbeat,
 ) -> None:
     """Fill `folder` with the files of a corpus. Reads the source two or three times and holds one batch at a time."""
     began = time.monotonic()
-    with Heartbeat(progress, _PROGRESS_SECONDS) as heart:
-        read = _Counter()
-        heart.say(
-            f"preparing corpus {source.name}-{fingerprint}: {source.summary() or 'reading'}",
-            doing=lambda: f"read {read.documents} documents, {read.megabytes:.0f} MB",
-        )
-        plan = plan_splits(read.count(source.documents()), shares)
-        total = sum(plan.bytes.values())
-        tokenizer = _make_tokenizer(source, options, plan, heart)
-        tokenizer.save(folder / TOKENIZER)
-        counts = _write_tokens(folder, source, plan, tokenizer, heart)
-        tokens = sum(split["tokens"] for split in counts.values())
-        meta = {
-            "format": FORMAT,
-            "name": source.name,
-            "fingerprint": fingerprint,
-            "source": source.describe(),
-            "shares": {"val": shares.val, "test": shares.test},
-            "moved_to_fill_a_split": plan.moved_names,
-            "duplicate_documents": plan.duplicates,
-            "tokenizer": {
-                **options.identity(),
-                "vocab_size": tokenizer.vocab_size,
-                **{"bos": tokenizer.bos, "eos": tokenizer.eos, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
-            },
-            "splits": counts,
-            "libraries": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("numpy", "tokenizers", "pyarrow")},
-            },
-        }
-        write_meta(folder, meta)
-        heart.say(f"{tokens} tokens, {total / tokens:.2f} bytes per token, in {time.monotonic() - began:.1f} s")
+    read = _Counter()
+    heart.say(
+        f"preparing corpus {source.name}-{fingerprint}: {source.summary() or 'reading'}",
+        doing=lambda: f"read {read.documents} documents, {read.megabytes:.0f} MB",
+    )
+    plan = plan_splits(read.count(source.documents()), shares)
+    total = sum(plan.bytes.values())
+    tokenizer = _make_tokenizer(source, options, plan, heart)
+    tokenizer.save(folder / TOKENIZER)
+    counts = _write_tokens(folder, source, plan, tokenizer, heart)
+    tokens = sum(split["tokens"] for split in counts.values())
+    meta = {
+        "format": FORMAT,
+        "name": source.name,
+        "fingerprint": fingerprint,
+        "source": source.describe(),
+        "shares": {"val": shares.val, "test": shares.test},
+        "moved_to_fill_a_split": plan.moved_names,
+        "duplicate_documents": plan.duplicates,
+        "tokenizer": {
+            **options.identity(),
+            "vocab_size": tokenizer.vocab_size,
+            **{"bos": tokenizer.bos, "eos": tokenizer.eos, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+        },
+        "splits": counts,
+        "libraries": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("numpy", "tokenizers", "pyarrow")},
+        },
+    }
+    heart.doing(lambda: f"writing {total / 1e6:.0f} MB of text through to the disk")
+    write_meta(folder, meta)
+    heart.say(f"{tokens} tokens, {total / tokens:.2f} bytes per token, in {time.monotonic() - began:.1f} s")
 
 
 class _Counter:

@@ -146,16 +146,21 @@ class TestContent:
         prepare(TextFiles(folder), BYTES, tmp_path / "quiet")
         assert capsys.readouterr().out == ""
 
-    @pytest.mark.parametrize("phase", ["reading", "training", "tokenising"])
+    @pytest.mark.parametrize("phase", ["listing", "reading", "training", "tokenising", "writing", "checking"])
     def test_every_phase_says_how_far_it_is(self, folder, tmp_path, monkeypatch, phase):
         """Also while one call does not return."""
         monkeypatch.setattr(store, "_PROGRESS_SECONDS", 0.1)
         monkeypatch.setattr(progress, "_SHORTEST_WAIT", 0.1)
         owner, name = {
+            "listing": (TextFiles, "files"),
             "reading": (TextFiles, "finish"),
             "training": (Tokenizer, "train"),
             "tokenising": (Tokenizer, "encode_batch"),
+            "writing": (store, "write_meta"),
+            "checking": (store, "Corpus"),
         }[phase]
+        if phase == "checking":
+            prepare(TextFiles(folder), BPE, tmp_path / "cache")
         act = getattr(owner, name)
 
         def slowly(*args):
@@ -166,7 +171,14 @@ class TestContent:
         monkeypatch.setattr(owner, name, slowly)
         lines = []
         prepare(TextFiles(folder), BPE, tmp_path / "cache", progress=lines.append)
-        expected = {"reading": "read 80 documents", "training": "training the tokeniser: ", "tokenising": "tokenised 0"}
+        expected = {
+            "listing": "listing and hashing the files of texts",
+            "reading": "read 80 documents",
+            "training": "training the tokeniser: ",
+            "tokenising": "tokenised 0",
+            "writing": "writing 0 MB",
+            "checking": f"checking {tmp_path}",
+        }
         assert sum(line.startswith(expected[phase]) for line in lines) >= 2
         assert "progress of a corpus" not in {thread.name for thread in threading.enumerate()}
 
