@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.datamodules.base import StreamDataModule
-from src.datamodules.corpora import SPLITS, Corpus, Source, TokenizerOptions, TokenStream, prepare, training_indices
+from src.datamodules.corpora import (
+    SPLITS,
+    Corpus,
+    Source,
+    TokenizerOptions,
+    TokenStream,
+    corpus_identity,
+    prepare,
+    training_indices,
+)
 from src.datamodules.permutation import permute_array
 from src.evaluation.evaluators import TextEvaluator
 
@@ -69,7 +78,9 @@ class TextDataModule(StreamDataModule):
         cache_dir: where tokenised corpora are kept.
         tokenizer: ``bpe`` (trained on the training documents), ``bytes``, or the path of a ``tokenizer.json``.
         tokenizer_size: vocabulary of ``bpe``; None for its default.
-        val_share: share of the documents held out for validation.
+        bos: token that begins a document, of a ``tokenizer.json``; None: looked for under the usual names.
+        eos: token that ends a document, likewise.
+        val_share: share of the documents held out for validation; identical documents are on one side.
         test_share: share of the documents held out for the test.
         val_windows: validation windows, spread over the split; None for all.
         test_windows: test windows, likewise.
@@ -98,6 +109,8 @@ class TextDataModule(StreamDataModule):
         num_workers: int = 0,
         seed: int = 0,
         path: str | None = None,
+        bos: str | None = None,
+        eos: str | None = None,
     ):
         super().__init__(window, batch_size, eval_batch_size, num_workers)
         for name, limit in (("val_windows", val_windows), ("test_windows", test_windows)):
@@ -110,7 +123,8 @@ class TextDataModule(StreamDataModule):
         self.documents, self.isolate, self.seed = source, isolate, seed
         self.cache_dir = Path(cache_dir)
         # The size is of bpe alone; the others bring their own.
-        self.options = TokenizerOptions(tokenizer, vocab_size=tokenizer_size if tokenizer == "bpe" else None)
+        size = tokenizer_size if tokenizer == "bpe" else None
+        self.options = TokenizerOptions(tokenizer, vocab_size=size, bos=bos, eos=eos)
         self.val_share, self.test_share = val_share, test_share
         self.limits = {"val": val_windows, "test": test_windows}
 
@@ -124,6 +138,13 @@ class TextDataModule(StreamDataModule):
         return prepare(
             self.documents, self.options, self.cache_dir, val_share=self.val_share, test_share=self.test_share
         )
+
+    def expected_fingerprint(self) -> dict[str, Any]:
+        """Name and fingerprint of the corpus that would be prepared from the files as they are now, without preparing it.
+
+        They are those of ``fingerprint()`` unless files, tokenizer or shares have changed.
+        """
+        return dict(corpus_identity(self.documents, self.options, val_share=self.val_share, test_share=self.test_share))
 
     @cached_property
     def source(self) -> TextWindows:

@@ -1,10 +1,17 @@
+import hashlib
+import os
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models
 
-from src.datamodules.corpora import TextFiles
+from src.build import compose_config
+from src.config import instantiate
+from src.datamodules.corpora import CorpusError, TextFiles, TokenizerOptions, corpus_identity, files
 from src.datamodules.text import TextDataModule
 
 
@@ -57,6 +64,84 @@ def test_the_fingerprint_is_that_of_the_text(module, tmp_path):
     assert before == module().fingerprint()
     (tmp_path / "texts" / "0.txt").write_text("changed")
     assert before["fingerprint"] != module().fingerprint()["fingerprint"]
+
+
+def test_what_would_be_prepared_is_known_without_preparing_it(module, tmp_path, monkeypatch):
+    expected = module().expected_fingerprint()
+    assert expected == corpus_identity(
+        TextFiles(str(tmp_path / "texts")), TokenizerOptions("bytes"), val_share=0.1, test_share=0.1
+    )
+    assert not (tmp_path / "cache").exists()
+    found = module().fingerprint()
+    assert expected == {key: found[key] for key in ("corpus", "fingerprint")}
+    assert module(val_share=0.2).expected_fingerprint() != expected
+    before = (tmp_path / "texts" / "0.txt").stat()
+    text = (tmp_path / "texts" / "0.txt").read_text()
+    (tmp_path / "texts" / "0.txt").write_text(text.replace("0", "7"))  # of the same size
+    os.utime(tmp_path / "texts" / "0.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert module().expected_fingerprint() != expected
+
+
+def test_files_that_have_not_changed_are_hashed_once(module, tmp_path, monkeypatch):
+    for path in (tmp_path / "texts").iterdir():
+        os.utime(path, ns=(10**18, 10**18))
+    monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", 0)
+    expected = module().expected_fingerprint()
+    hashed = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: hashed.append(1) or digest(*args))
+    assert module().expected_fingerprint() == expected
+    assert not hashed
+    (tmp_path / "texts" / "0.txt").write_text("changed")
+    assert module().expected_fingerprint() != expected
+    assert len(hashed) == 1
+
+
+def test_a_file_written_a_moment_ago_is_hashed_again(module, tmp_path, monkeypatch):
+    """Its times may be too coarse to tell of another change."""
+    before = module().expected_fingerprint()
+    hashed = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: hashed.append(1) or digest(*args))
+    assert module().expected_fingerprint() == before
+    assert len(hashed) == 60
+
+
+def test_tokens_with_other_names_begin_and_end_documents(module, tmp_path):
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    backend.add_special_tokens(["<start>", "<stop>", "<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    path = str(tmp_path / "tokenizer.json")
+    with pytest.raises(CorpusError, match=r"set data\.bos= to one of its special tokens: <start> <stop> <end>"):
+        _ = module(tokenizer=path).corpus
+    with pytest.raises(CorpusError, match=r"set data\.eos= to one"):
+        _ = module(tokenizer=path, bos="<start>").corpus
+    first = module(tokenizer=path, bos="<start>", eos="<stop>")
+    other = module(tokenizer=path, bos="<start>", eos="<end>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this tokeniser knows no digits
+        assert (first.corpus.tokenizer.bos_id, first.corpus.tokenizer.eos_id) == (1, 2)
+        assert other.corpus.tokenizer.eos_id == 3
+    assert first.expected_fingerprint() != other.expected_fingerprint()
+    with pytest.warns(UserWarning, match="'bytes' ignores bos='<start>'"):
+        module(bos="<start>")
+
+
+def test_the_configuration_sets_them(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = compose_config(
+        [
+            "data=text_files",
+            f"data.path={tmp_path / 'a.txt'}",
+            f"data.tokenizer={tmp_path}",
+            "data.bos='<a>'",
+            "data.eos=b",
+        ],
+        "train",
+    )
+    module = instantiate(config.data, "data")
+    assert (module.options.bos, module.options.eos) == ("<a>", "b")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from src.datamodules.corpora.corpus import Corpus, TokenStream, training_indices
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.sources import Document, PythonSource, Source, TextFiles
 from src.datamodules.corpora.splits import SPLITS
-from src.datamodules.corpora.store import prepare
+from src.datamodules.corpora.store import corpus_identity, prepare
 from src.datamodules.corpora.tokenizer import Tokenizer, TokenizerOptions
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "TokenStream",
     "Tokenizer",
     "TokenizerOptions",
+    "corpus_identity",
     "prepare",
     "training_indices",
     "training_windows",

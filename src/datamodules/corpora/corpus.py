@@ -11,33 +11,28 @@ pure function of (seed, w), whatever was read before. Shapes: `n` windows, `T` t
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from src.datamodules.corpora.errors import CorpusError
+from src.datamodules.corpora.integrity import (
+    TOKENIZER,
+    DamagedCorpusError,
+    checked_meta,
+    offsets_file,
+    tokens_file,
+)
 from src.datamodules.corpora.splits import SPLITS
 from src.datamodules.corpora.tokenizer import Tokenizer
 from src.datamodules.permutation import permute_array
 
-FORMAT = 1
-"""Version of the files in a cache folder. It enters the fingerprint: an older layout is rebuilt, not misread."""
-
-
-def tokens_file(split: str) -> str:
-    """Name of the file with a split's tokens: uint16 or uint32 [num_tokens]."""
-    return f"{split}.tokens.npy"
-
-
-def offsets_file(split: str) -> str:
-    """Name of the file with the starts of a split's documents and, last, their end: int64 [num_documents + 1]."""
-    return f"{split}.offsets.npy"
-
 
 class TokenStream:
     """The tokens of one split, memory-mapped on first use. Pickles as a path, so that workers map the same pages.
+
+    The files were checked when the corpus was opened; a copy in another process does not check them again.
 
     Attributes: `split`, `num_documents`, `num_tokens` (with BOS and EOS), `num_bytes` (UTF-8 length of the texts).
     """
@@ -55,12 +50,22 @@ class TokenStream:
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """All tokens: uint16 or uint32 [num_tokens], read-only."""
-        return np.asarray(np.load(self.folder / tokens_file(self.split), mmap_mode="r"))
+        return self._map(tokens_file(self.split), self.num_tokens)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """Where documents start, and the end of the last: int64 [num_documents + 1], read-only."""
-        return np.asarray(np.load(self.folder / offsets_file(self.split), mmap_mode="r"))
+        return self._map(offsets_file(self.split), self.num_documents + 1)
+
+    def _map(self, file: str, length: int) -> np.ndarray:
+        try:
+            # Not np.load, which opens archives and, if told to, pickles too.
+            array = np.lib.format.open_memmap(self.folder / file, mode="r")
+        except ValueError as error:
+            raise CorpusError(f"{self.folder / file} cannot be read: {error}") from error
+        if array.shape != (length,):
+            raise CorpusError(f"{self.folder / file} has changed since it was opened: its shape is {array.shape}")
+        return np.asarray(array)
 
     def num_windows(self, length: int) -> int:
         """Return how many windows of `length` targets there are; CorpusError if there is none."""
@@ -105,16 +110,15 @@ class TokenStream:
 class Corpus:
     """A tokenised corpus on disk, as `prepare` leaves it; opens without the source it was made from.
 
+    Opening checks the folder once, in bounded time (see `integrity`).
+
     Attributes: `path`, `name`, `fingerprint`, and `meta`, the plain contents of meta.json. Raises CorpusError if the
-    folder is not a complete corpus.
+    folder is not a complete corpus, or holds other bytes than were written.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        problem = damage(self.path)
-        if problem:
-            raise CorpusError(f"{self.path} is not a complete corpus: {problem}; prepare it again")
-        self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+        self.meta: dict[str, Any] = checked_meta(self.path)
         self.name: str = self.meta["name"]
         self.fingerprint: str = self.meta["fingerprint"]
         self._streams = {split: TokenStream(self.path, split, **self.meta["splits"][split]) for split in SPLITS}
@@ -123,7 +127,12 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """The tokeniser the corpus was made with."""
         options = self.meta["tokenizer"]
-        return Tokenizer.load(self.path / "tokenizer.json", options["bos"], options["eos"])
+        tokenizer = Tokenizer.load(self.path / TOKENIZER, options["bos"], options["eos"])
+        for key in ("vocab_size", "bos_id", "eos_id"):
+            if getattr(tokenizer, key) != options[key]:
+                found = f"{TOKENIZER} has {key} {getattr(tokenizer, key)}, the tokens were made with {options[key]}"
+                raise DamagedCorpusError(self.path, found)
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -166,18 +175,9 @@ def training_windows(corpus: Corpus, seed: int, start: int, count: int, length: 
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with the corpus in folder `path`, or None if all its files are there in full size."""
+    """Return what is wrong with the corpus in folder `path`, or None if it is whole; checks it as opening does."""
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT:
-            return f"its format is {meta['format']}, this program reads {FORMAT}"
-        sizes = meta["files"].items()
-        for file, size in sizes:
-            found = (path / file).stat().st_size
-            if found != size:
-                return f"{file} holds {found} bytes instead of {size}"
-    except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"meta.json is damaged ({type(error).__name__}: {error})"
+        checked_meta(path)
+    except DamagedCorpusError as error:
+        return error.problem
     return None

@@ -6,36 +6,43 @@ Unicode (undecodable bytes and lone surrogates become U+FFFD) with line endings 
 out.
 """
 
-import contextlib
 import fnmatch
-import gzip
-import hashlib
-import json
-import os
 import platform
 import re
+import stat
 import sysconfig
 import warnings
-import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from src.datamodules.corpora.errors import CorpusError
-
-CONTENT_HASH_LIMIT = 256 * 2**20
-"""Sources up to this many bytes are fingerprinted by content, larger ones by name, size and modification time."""
-
-PLAIN_EXTENSIONS = (
-    *(".txt", ".text", ".md", ".rst", ".tex"),
-    *(".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".jl", ".lean", ".sh"),
+from src.datamodules.corpora.files import (
+    Listing,
+    fingerprint_files,
+    kind_of,
+    open_regular,
+    printable,
+    reading,
+    single_file,
+    unique_files,
+    walk_files,
 )
-JSON_EXTENSIONS = (".jsonl", ".ndjson", ".json")
-PARQUET_EXTENSIONS = (".parquet",)
-_KNOWN_EXTENSIONS = (*PLAIN_EXTENSIONS, *JSON_EXTENSIONS, *PARQUET_EXTENSIONS)
-_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+from src.datamodules.corpora.formats import (
+    COMPRESSIONS,
+    JSON_EXTENSIONS,
+    KNOWN_EXTENSIONS,
+    PARQUET_EXTENSIONS,
+    Row,
+    extension_of,
+    kind_of_file,
+    read_json_lines,
+    read_parquet,
+    read_plain,
+    valid_unicode,
+)
 
 
 class Document(NamedTuple):
@@ -72,6 +79,10 @@ class Source(ABC):
     def finish(self) -> None:
         """Warn of what `parse` had to leave out or repair since `documents` began."""
 
+    def summary(self) -> str:
+        """Return one line that says what `files` found and what is left out; empty if there is nothing to say."""
+        return ""
+
     def parsing_options(self) -> dict[str, Any]:
         """Return the options that change how a file is read, in plain values: they enter the fingerprint."""
         return {}
@@ -81,7 +92,7 @@ class Source(ABC):
         files = self.files()
         found = False
         for name, path in files:
-            with _reading(path):
+            with reading(path):
                 for document in self.parse(name, path):
                     if not document.text or document.text.isspace():
                         continue
@@ -129,7 +140,8 @@ class PythonSource(Source):
                 return False
             return file.endswith(".py") and not any(fnmatch.fnmatchcase(file, p) for p in self._MACHINE_FILES)
 
-        found = [(name, path) for name, path in walk_files(root, self._SKIPPED_FOLDERS) if wanted(Path(name).parts)]
+        entries, _ = walk_files(root, self._SKIPPED_FOLDERS)
+        found = unique_files(entry for entry in entries if wanted(Path(entry.name).parts)).files
         if not found:
             raise CorpusError(
                 f"the standard library at {root} holds no *.py files; use TextFiles with text of your own"
@@ -138,8 +150,10 @@ class PythonSource(Source):
 
     def parse(self, name: str, path: Path) -> Iterator[Document]:
         """Yield the file as one document, if it is UTF-8."""
+        with open_regular(path) as file:
+            data = file.read()
         try:
-            yield Document(name, path.read_bytes().decode())
+            yield Document(name, data.decode())
         except UnicodeDecodeError:
             self._undecodable += 1
 
@@ -156,20 +170,23 @@ class PythonSource(Source):
 class TextFiles(Source):
     """A text file, or every text file in a folder and the folders below it.
 
-    One document per file: plain text (`PLAIN_EXTENSIONS`), decoded as UTF-8. One document per row: JSON lines
-    (`.jsonl`, `.ndjson`, `.json`) and `.parquet`; these are called `file:row`, rows counted from 1. Any but parquet may
-    be gzipped (`.txt.gz`). Hidden files and folders (`.git`) are not read.
+    One document per file: plain text (`PLAIN_EXTENSIONS`: .txt, .md, .rst, .tex and code), decoded as UTF-8, or as
+    UTF-16 or UTF-32 if it begins with their byte order mark. One document per row: JSON lines (`.jsonl`, `.ndjson`,
+    `.json`) and `.parquet`; these are called `file:row`, rows counted from 1. Any but parquet may be compressed
+    (`.txt.gz`, `.bz2`, `.xz`, `.zst`). Hidden files and folders (`.git`) are not read, nor is what is no regular file
+    (pipes, sockets, devices); a file that has several names, through links, is read once.
 
     Args:
         path: the file or folder.
         extensions: read only these, such as [".py"]; unknown ones are read as plain text. None: all known ones.
         pattern: read only files whose name or relative path matches this shell pattern, such as "chunk_*".
         text_field: field or column that holds the text; with the default, "content" is read where there is no "text".
-        skip_bad: skip JSON lines that cannot be used, with one warning that counts them, instead of stopping there.
+        skip_bad: skip lines, rows and plain files that cannot be used, with one warning that counts them, instead of
+            stopping there.
         name: label of the cache folder; None: the file's or folder's name.
 
-    Raises CorpusError here if `path` does not exist, and while reading if no file fits, a file cannot be read, a line
-    is not a JSON object, or the text field is missing or holds no text.
+    Raises CorpusError here if `path` does not exist or is neither file nor folder, and while reading if no file fits, a
+    file cannot be read or is no text, a line is not a JSON object, or the text field is missing or holds no text.
     """
 
     def __init__(
@@ -183,99 +200,103 @@ class TextFiles(Source):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        self.path = Path(path).expanduser()
-        if not self.path.exists():
-            raise CorpusError(f"path={str(path)!r} does not exist (looked for {self.path.absolute()})")
+        self.path = _existing(path)
         if isinstance(extensions, str) or (extensions is not None and len(extensions) == 0):
             raise CorpusError(f'extensions={extensions!r} is not a list such as [".txt", ".md"]')
-        chosen = _KNOWN_EXTENSIONS if extensions is None else extensions
-        self.extensions = tuple("." + extension.lower().lstrip(".").removesuffix(".gz") for extension in chosen)
+        chosen = KNOWN_EXTENSIONS if extensions is None else extensions
+        self.extensions = tuple(_without_compression("." + extension.lower().lstrip(".")) for extension in chosen)
         self.pattern = pattern
         self.text_field = text_field
         self.skip_bad = skip_bad
         label = name if name is not None else self.path.resolve().name.split(".")[0]
-        self.name = re.sub(r"[^A-Za-z0-9_-]+", "_", label).strip("_") or "text"
+        self.name = re.sub(r"[^A-Za-z0-9_-]+", "_", label).strip("_")[:100] or "text"
         self.root = self.path if self.path.is_dir() else None
+        self._listing = Listing([])
         self._reset()
 
     def files(self) -> list[tuple[str, Path]]:
         """Return the files that fit; CorpusError, with what is there instead, if none does."""
         self._reset()
-        found = list(walk_files(self.path)) if self.path.is_dir() else [(self.path.name, self.path)]
-        fitting = [(name, path) for name, path in found if self._fits(name)]
-        if not fitting:
-            there = Counter(_extension(name) or "no extension" for name, _ in found)
-            listing = ", ".join(f"{count} x {extension}" for extension, count in there.most_common(10)) or "no files"
+        with reading(self.path):
+            entries, hidden = walk_files(self.path) if self.path.is_dir() else ([single_file(self.path)], 0)
+        # Of a file's names, one that fits: caches of downloads keep content under a hash, and links with real names.
+        listing = unique_files(entry for entry in entries if self._fits(entry.name))
+        rest = unique_files(entry for entry in entries if not self._fits(entry.name))
+        listing.hidden = hidden
+        listing.special = sorted([*listing.special, *rest.special])
+        listing.other = Counter(kind_of_file(name) for name, _ in rest.files)
+        if not listing.files:
+            there = Counter(extension_of(entry.name) or "no extension" for entry in entries)
+            found = ", ".join(f"{count} x {extension}" for extension, count in there.most_common(10)) or "no files"
             raise CorpusError(
-                f"{self.path} holds nothing to read: extensions read are {' '.join(self.extensions)} (each also with"
-                f" .gz, except .parquet), pattern {self.pattern!r}; found {listing}"
+                f"{printable(self.path)} holds nothing to read: extensions read are {' '.join(self.extensions)} (each"
+                f" but .parquet also with {' '.join(COMPRESSIONS)}), pattern {self.pattern!r}; found {found}"
+                + (f", of which {len(listing.special)} are no regular files" if listing.special else "")
             )
-        return fitting
+        self._listing = listing
+        return listing.files
 
     def parse(self, name: str, path: Path) -> Iterator[Document]:
         """Yield the file's documents, according to its extension."""
-        extension = _extension(name)
+        extension = extension_of(path.name)
         if extension in PARQUET_EXTENSIONS:
-            yield from self._parse_parquet(name, path)
+            yield from self._usable(name, read_parquet(path, lambda fields: self._field_among(fields, printable(path))))
         elif extension in JSON_EXTENSIONS:
-            yield from self._parse_json_lines(name, path)
+            yield from self._usable(name, read_json_lines(path, self._text_of))
         else:
-            with _open_binary(path) as file:
-                data = file.read()
-            try:
-                yield Document(name, data.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                self._repaired.append(name)
-                yield Document(name, data.decode("utf-8-sig", "replace"))
+            text, repaired = read_plain(path)
+            self._repaired.note(name, repaired)
+            for document in self._usable(name, [Row(1, text)]):
+                yield Document(name, document.text)
 
     def finish(self) -> None:
-        """Warn of skipped lines and repaired files."""
-        if self._bad:
-            self.warn_once(f"skipped {len(self._bad)} bad line(s), the first at {self._bad[0]}")
-        if self._repaired:
+        """Warn of skipped lines, repaired files, and files that are no files."""
+        if self._bad.count:
+            self.warn_once(f"skipped {self._bad.count} bad line(s), the first at {self._bad.first}")
+        if self._repaired.count:
             self.warn_once(
-                f"{len(self._repaired)} file(s) are not UTF-8, such as {self._repaired[0]}: bytes that cannot be"
+                f"{self._repaired.count} file(s) are not UTF-8, such as {self._repaired.first}: bytes that cannot be"
                 " decoded became U+FFFD"
             )
+        if special := self._listing.special:
+            self.warn_once(
+                f"left out {len(special)} pipes, sockets or devices, such as {special[0]}: not regular files"
+            )
+
+    def summary(self) -> str:
+        """Return what is read and what is left out, counted by extension."""
+        kinds = Counter(extension_of(path.name) or "without extension" for _, path in self._listing.files)
+        read = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        left_out = self._listing.left_out()
+        return f"reading {read}" + (f"; left out {left_out}" if left_out else "")
 
     def describe(self) -> dict[str, Any]:
         """Return the kind of source and its options."""
         options = {"extensions": list(self.extensions), "pattern": self.pattern}
-        return {"kind": "text files", "path": str(self.path), **options, **self.parsing_options()}
+        return {"kind": "text files", "path": printable(self.path), **options, **self.parsing_options()}
 
     def parsing_options(self) -> dict[str, Any]:
         """Return the options that decide how a row becomes a document."""
         return {"text_field": self.text_field, "skip_bad": self.skip_bad}
 
     def _reset(self) -> None:
-        self._bad: list[str] = []
-        self._repaired: list[str] = []
+        self._bad = _Tally()
+        self._repaired = _Tally()
 
     def _fits(self, name: str) -> bool:
         matches = fnmatch.fnmatchcase(name, self.pattern) or fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], self.pattern)
-        return matches and _extension(name) in self.extensions
+        return matches and extension_of(name) in self.extensions
 
-    def _parse_json_lines(self, name: str, path: Path) -> Iterator[Document]:
-        with _open_binary(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.isspace():
-                    continue
-                try:
-                    text = self._text_of_line(line, f"{path}:{number}")
-                except CorpusError as error:
-                    if not self.skip_bad:
-                        raise CorpusError(f"{error}; skip_bad=True skips such lines") from None
-                    self._bad.append(str(error))
-                    continue
+    def _usable(self, name: str, rows: Iterable[Row]) -> Iterator[Document]:
+        for number, text in rows:
+            if not isinstance(text, CorpusError):
                 yield Document(f"{name}:{number}", text)
+            elif self.skip_bad:
+                self._bad.note(str(text))
+            else:
+                raise CorpusError(f"{text}; skip_bad=True skips such lines")
 
-    def _text_of_line(self, line: bytes, place: str) -> str:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(f"{place}: not JSON, which should hold one object per line ({error})") from None
-        if not isinstance(row, dict):
-            raise CorpusError(f"{place}: a JSON {type(row).__name__}, not an object with the field {self.text_field!r}")
+    def _text_of(self, row: dict[str, Any], place: str) -> str:
         text = row[self._field_among(row, place)]
         if text is None:
             return ""
@@ -283,103 +304,42 @@ class TextFiles(Source):
             raise CorpusError(f"{place}: field {self.text_field!r} holds {type(text).__name__}, not text")
         return text
 
-    def _parse_parquet(self, name: str, path: Path) -> Iterator[Document]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(path) as file:
-                column = self._field_among(file.schema_arrow.names, str(path))
-                kind = file.schema_arrow.field(column).type
-                values = kind.value_type if pa.types.is_dictionary(kind) else kind
-                if not (pa.types.is_string(values) or pa.types.is_large_string(values)):
-                    raise CorpusError(f"{path}: column {column!r} holds {kind}, not strings")
-                row = 0
-                for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                    for text in batch.column(0).to_pylist():
-                        row += 1
-                        yield Document(f"{name}:{row}", text or "")
-        except pa.ArrowException as error:
-            raise CorpusError(f"{path} cannot be read as parquet: {error}") from error
-
     def _field_among(self, fields: Iterable[str], place: str) -> str:
         fields = list(fields)
         for field in (self.text_field, "content") if self.text_field == "text" else (self.text_field,):
             if field in fields:
                 return field
-        raise CorpusError(
-            f"{place}: no field {self.text_field!r}; text_field can be one of {', '.join(fields) or 'none'}"
-        )
+        listed = ", ".join(printable(field) for field in fields[:20]) + (" ..." if len(fields) > 20 else "")
+        raise CorpusError(f"{place}: no field {self.text_field!r}; text_field can be one of {listed or 'none'}")
 
 
-def walk_files(root: Path, skipped_folders: Collection[str] = ()) -> Iterator[tuple[str, Path]]:
-    """Yield (relative POSIX path, path) of the files below `root`, sorted by relative path.
+class _Tally:
+    """Counts what happened, and keeps the first: a list of all could be as long as the corpus."""
 
-    Left out: hidden files, and folders that are hidden or called one of `skipped_folders`, with all that they hold.
-    Links to folders are followed, each real folder is entered once, so a link to a parent does not loop.
-    """
-    found: list[tuple[str, Path]] = []
-    entered: set[str] = set()
+    def __init__(self) -> None:
+        self.count, self.first = 0, ""
 
-    def fail(error: OSError) -> None:
-        raise CorpusError(f"folder {error.filename} cannot be read: {error.strerror}") from error
-
-    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped_folders)
-        paths = [Path(folder, name) for name in names if not name.startswith(".")]
-        found.extend((path.relative_to(root).as_posix(), path) for path in paths)
-    yield from sorted(found)
+    def note(self, what: str, happened: bool = True) -> None:
+        if happened:
+            self.first = self.first or what
+            self.count += 1
 
 
-def fingerprint_files(files: Iterable[tuple[str, Path]], options: dict[str, Any]) -> str:
-    """Hash names and contents of `files` and the `options` to 32 hexadecimal digits.
-
-    The location of the files does not enter, so a moved folder keeps its fingerprint. Above `CONTENT_HASH_LIMIT` bytes
-    in total, size and modification time stand for the content: a copy then needs `cp -p` to be recognised.
-    """
-    entries: list[tuple[str, Path, os.stat_result]] = []
-    for name, path in files:
-        with _reading(path):
-            entries.append((name, path, path.stat()))
-    by_content = sum(stat.st_size for _, _, stat in entries) <= CONTENT_HASH_LIMIT
-    total = hashlib.blake2b(json.dumps([by_content, options], sort_keys=True).encode(), digest_size=16)
-    for name, path, stat in entries:
-        if by_content:
-            with _reading(path), path.open("rb") as file:
-                evidence = hashlib.file_digest(file, "blake2b").hexdigest()
-        else:
-            evidence = f"{stat.st_size} {stat.st_mtime_ns}"
-        total.update(json.dumps([name, evidence]).encode())
-    return total.hexdigest()
-
-
-def valid_unicode(text: str) -> str:
-    """Return `text` with lone surrogates, which JSON escapes can smuggle in and UTF-8 cannot hold, as U+FFFD."""
+def _existing(path: str | Path) -> Path:
+    """Return `path`, which is a file or folder, with `~` expanded; CorpusError if it is anything else."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return _LONE_SURROGATES.sub("\ufffd", text)
-    return text
+        expanded = Path(path).expanduser()
+        mode = expanded.stat().st_mode
+    except FileNotFoundError:
+        raise CorpusError(f"path={str(path)!r} does not exist (looked for {expanded.absolute()})") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CorpusError(f"path={str(path)!r} cannot be read: {error}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CorpusError(f"path={str(path)!r} is {kind_of(mode)}, neither a file nor a folder: it is not read")
+    return expanded
 
 
-def _extension(name: str) -> str:
-    return Path(name.lower().removesuffix(".gz")).suffix
-
-
-def _open_binary(path: Path) -> IO[bytes]:
-    opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
-    return opener(path, "rb")
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what the system says of an unreadable or corrupt file into a CorpusError that names it."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path} cannot be read: {error}") from error
+def _without_compression(extension: str) -> str:
+    for compression in COMPRESSIONS:
+        extension = extension.removesuffix(compression)
+    return extension

@@ -4,45 +4,54 @@
         {train,val,test}.tokens.npy     uint16 (uint32 above 65536 tokens), documents as BOS + tokens + EOS
         {train,val,test}.offsets.npy    int64, where documents start; last, their end
         tokenizer.json                  opens with Hugging Face tokenizers
-        meta.json                       source, options, counts, file sizes, library versions
+        meta.json                       source, options, counts, sizes and checksums of the files, library versions
 
 The fingerprint hashes the options and the source's files (`fingerprint_files`), so a change of either makes a new
-folder. A folder is built under a temporary name beside its place and renamed: it is there whole or not at all.
+folder. A folder is built under a temporary name beside its place, written through to the disk and renamed: it is there
+whole or not at all. It is checked whenever it is opened (`integrity`).
 Processes that build at the same time do the same work, and the first to finish wins.
 """
 
 import contextlib
 import hashlib
 import json
-import logging
 import platform
+import re
 import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.datamodules.corpora.corpus import FORMAT, Corpus, damage, offsets_file, tokens_file
+from src.datamodules.corpora.corpus import Corpus
 from src.datamodules.corpora.errors import CorpusError
+from src.datamodules.corpora.integrity import (
+    FORMAT,
+    TOKENIZER,
+    DamagedCorpusError,
+    offsets_file,
+    sync,
+    token_type,
+    tokens_file,
+    write_meta,
+)
+from src.datamodules.corpora.progress import Heartbeat, Progress, say
 from src.datamodules.corpora.sources import Document, Source
-from src.datamodules.corpora.splits import SPLITS, SplitPlan, SplitShares, hash_unit, plan_splits
+from src.datamodules.corpora.splits import SPLITS, SplitPlan, SplitShares, content_key, hash_unit, plan_splits
 from src.datamodules.corpora.tokenizer import Tokenizer, TokenizerOptions
 
 TOKENIZER_TRAINING_BYTES = 256 * 2**20
-"""A BPE is trained on documents of the train split chosen by a second hash of their names: about this much at most."""
+"""A BPE is trained on documents of the train split chosen by a second hash of their text: about this much at most."""
 
 _BATCH_CHARACTERS = 2**21
 _PROGRESS_SECONDS = 5.0
 _ABANDONED_SECONDS = 24 * 3600
-
-_log = logging.getLogger(__name__)
-
-Progress = Callable[[str], None]
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,149}")
 
 
 def prepare(
@@ -52,7 +61,7 @@ def prepare(
     *,
     val_share: float = 0.05,
     test_share: float = 0.05,
-    progress: Progress = _log.info,
+    progress: Progress = say,
 ) -> Corpus:
     """Return the corpus of `source`, tokenised and written under `cache_dir` unless it is there already.
 
@@ -60,31 +69,63 @@ def prepare(
         source: where the documents come from.
         tokenizer: which tokeniser to make or open.
         cache_dir: folder of all prepared corpora; created if missing; not inside the folder that the source reads.
-        val_share, test_share: expected shares of the documents, by a hash of their names (see `splits`).
-        progress: called with a line of text at the start, every five seconds, and at the end of a build.
+        val_share, test_share: expected shares of the documents, by a hash of their text (see `splits`).
+        progress: called with a line of text at the start, every five seconds, and at the end of a build; from a thread
+            of its own while a library call does not return.
 
-    Raises CorpusError if the source cannot be read, holds fewer than three documents or changes meanwhile, or if an
-    option is impossible. A damaged folder is rebuilt with a warning.
+    Raises CorpusError if the source cannot be read, holds fewer than three distinct texts or changes meanwhile, or if an
+    option is impossible. A damaged folder is rebuilt with a warning that names the file.
     """
     shares = SplitShares(val_share, test_share)
     cache_dir = Path(cache_dir).expanduser()
+    if not _SAFE_NAME.fullmatch(source.name):
+        raise CorpusError(
+            f"source name {source.name!r} must be letters, digits, '_', '-' and '.': it becomes a folder's name"
+        )
     if source.root is not None and cache_dir.resolve().is_relative_to(source.root.resolve()):
         raise CorpusError(f"cache_dir={str(cache_dir)!r} lies in {source.root}, which is read as text: choose another")
-    fingerprint = _fingerprint(source, tokenizer, shares)
-    target = cache_dir / f"{source.name}-{fingerprint}"
-    if target.exists():
-        problem = damage(target)
-        if problem is None:
-            return Corpus(target)
-        warnings.warn(f"cached corpus {target} is damaged: {problem}; building it again", stacklevel=2)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(cache_dir, target.name)
-    with _temporary_folder(cache_dir, target.name) as folder:
-        _build(folder, source, tokenizer, shares, fingerprint=fingerprint, progress=progress)
-        if _fingerprint(source, tokenizer, shares) != fingerprint:
-            raise CorpusError(f"the files of source {source.name!r} changed while they were read: prepare it again")
-        _install(folder, target)
-    return Corpus(target)
+    with Heartbeat(progress, _PROGRESS_SECONDS) as heart:
+        heart.doing(lambda: f"listing and hashing the files of {source.name}")
+        fingerprint = _fingerprint(source, tokenizer, shares)
+        target = cache_dir / f"{source.name}-{fingerprint}"
+        if target.exists():
+            heart.doing(lambda: f"checking {target}")
+            try:
+                return _opened(target, fingerprint)
+            except DamagedCorpusError as error:
+                warnings.warn(f"cached corpus {target} is damaged: {error.problem}; building it again", stacklevel=2)
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise CorpusError(f"cache_dir={str(cache_dir)!r} is a file, not a folder") from None
+        _remove_abandoned(cache_dir, target.name)
+        with _temporary_folder(cache_dir, target.name) as folder:
+            _build(folder, source, tokenizer, shares, fingerprint=fingerprint, heart=heart)
+            if _fingerprint(source, tokenizer, shares) != fingerprint:
+                raise CorpusError(f"the files of source {source.name!r} changed while they were read: prepare it again")
+            _install(folder, target, fingerprint)
+        return _opened(target, fingerprint)
+
+
+def corpus_identity(
+    source: Source, tokenizer: TokenizerOptions, *, val_share: float = 0.05, test_share: float = 0.05
+) -> dict[str, str]:
+    """Return name and fingerprint of the corpus that `prepare` would return, without preparing it.
+
+    Reads the files, or only their sizes and times where they are many (`fingerprint_files`); a file that this process
+    has read for this before, and that has not changed since, is not read again. Raises CorpusError as `prepare` does.
+    """
+    return {
+        "corpus": source.name,
+        "fingerprint": _fingerprint(source, tokenizer, SplitShares(val_share, test_share)),
+    }
+
+
+def _opened(target: Path, fingerprint: str) -> Corpus:
+    corpus = Corpus(target)
+    if corpus.fingerprint != fingerprint:
+        raise DamagedCorpusError(target, f"meta.json is that of another corpus, {corpus.fingerprint}")
+    return corpus
 
 
 def _fingerprint(source: Source, tokenizer: TokenizerOptions, shares: SplitShares) -> str:
@@ -104,73 +145,108 @@ def _build(
     shares: SplitShares,
     *,
     fingerprint: str,
-    progress: Progress,
+    heart: Heartbeat,
 ) -> None:
     """Fill `folder` with the files of a corpus. Reads the source two or three times and holds one batch at a time."""
     began = time.monotonic()
-    progress(f"preparing corpus {source.name}-{fingerprint}: reading")
-    plan = plan_splits(source.documents(), shares)
+    read = _Counter()
+    heart.say(
+        f"preparing corpus {source.name}-{fingerprint}: {source.summary() or 'reading'}",
+        doing=lambda: f"read {read.documents} documents, {read.megabytes:.0f} MB",
+    )
+    plan = plan_splits(read.count(source.documents()), shares)
     total = sum(plan.bytes.values())
-    progress(f"{sum(plan.documents.values())} documents, {total / 1e6:.1f} MB; tokeniser {options.kind}")
-    tokenizer = options.build(lambda: _training_texts(source, plan))
-    tokenizer.save(folder / "tokenizer.json")
-    counts = _write_tokens(folder, source, plan, tokenizer, progress)
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    tokenizer = _make_tokenizer(source, options, plan, heart)
+    tokenizer.save(folder / TOKENIZER)
+    counts = _write_tokens(folder, source, plan, tokenizer, heart)
+    tokens = sum(split["tokens"] for split in counts.values())
     meta = {
         "format": FORMAT,
         "name": source.name,
         "fingerprint": fingerprint,
         "source": source.describe(),
         "shares": {"val": shares.val, "test": shares.test},
-        "moved_to_fill_a_split": plan.moved,
+        "moved_to_fill_a_split": plan.moved_names,
+        "duplicate_documents": plan.duplicates,
         "tokenizer": {
             **options.identity(),
             "vocab_size": tokenizer.vocab_size,
             **{"bos": tokenizer.bos, "eos": tokenizer.eos, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
         },
         "splits": counts,
-        "files": files,
         "libraries": {
             "python": platform.python_version(),
             **{package: version(package) for package in ("numpy", "tokenizers", "pyarrow")},
         },
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    tokens = sum(split["tokens"] for split in counts.values())
-    progress(f"{tokens} tokens, {total / tokens:.2f} bytes per token, in {time.monotonic() - began:.1f} s")
+    heart.doing(lambda: f"writing {total / 1e6:.0f} MB of text through to the disk")
+    write_meta(folder, meta)
+    heart.say(f"{tokens} tokens, {total / tokens:.2f} bytes per token, in {time.monotonic() - began:.1f} s")
 
 
-def _training_texts(source: Source, plan: SplitPlan) -> Iterator[str]:
+class _Counter:
+    """How much of a source has been read."""
+
+    def __init__(self) -> None:
+        self.documents = self.characters = 0
+
+    @property
+    def megabytes(self) -> float:
+        return self.characters / 1e6
+
+    def count(self, documents: Iterable[Document]) -> Iterator[Document]:
+        for document in documents:
+            self.documents += 1
+            self.characters += len(document.text)
+            yield document
+
+
+def _make_tokenizer(source: Source, options: TokenizerOptions, plan: SplitPlan, heart: Heartbeat) -> Tokenizer:
+    read = _Counter()
+    amount = min(plan.bytes["train"], TOKENIZER_TRAINING_BYTES) / 1e6
+    training = f", trained on {amount:.1f} MB" if options.kind == "bpe" else ""
+    began = time.monotonic()
+    heart.say(
+        f"{sum(plan.documents.values())} documents, {sum(plan.bytes.values()) / 1e6:.1f} MB; tokeniser {options.kind}"
+        + training,
+        doing=lambda: (
+            f"training the tokeniser: {read.megabytes:.0f} of {amount:.0f} MB read, {time.monotonic() - began:.0f} s"
+        ),
+    )
+    return options.build(lambda: (text for _, text in read.count(_training_documents(source, plan))))
+
+
+def _training_documents(source: Source, plan: SplitPlan) -> Iterator[Document]:
     keep = TOKENIZER_TRAINING_BYTES / max(plan.bytes["train"], 1)
-    for name, text in source.documents():
-        if plan.of(name) == "train" and (keep >= 1 or hash_unit(name, "tokenizer") < keep):
-            yield text
+    for document in source.documents():
+        key = content_key(document.text)
+        if plan.of(key) == "train" and (keep >= 1 or hash_unit(key, "tokenizer") < keep):
+            yield document
 
 
 def _write_tokens(
-    folder: Path, source: Source, plan: SplitPlan, tokenizer: Tokenizer, progress: Progress
+    folder: Path, source: Source, plan: SplitPlan, tokenizer: Tokenizer, heart: Heartbeat
 ) -> dict[str, dict[str, int]]:
     """Write the token and offset files; return the counts of documents, tokens and bytes of each split."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    dtype = token_type(tokenizer.vocab_size)
     total = sum(plan.bytes.values())
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     token_bytes = 0
-    reported = time.monotonic()
+
+    def done() -> str:
+        return f"tokenised {sum(split['bytes'] for split in counts.values()) / 1e6:.0f} of {total / 1e6:.0f} MB"
+
+    heart.say(f"tokenising {total / 1e6:.1f} MB with {tokenizer.vocab_size} tokens", doing=done)
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(_SplitWriter(folder, split, dtype)) for split in SPLITS}
         for batch in _batches(source.documents()):
-            for (name, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-                split = plan.of(name)
+            for (_, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+                split = plan.of(content_key(text))
                 writers[split].append(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]))
                 counts[split]["documents"] += 1
                 counts[split]["tokens"] += len(ids) + 2
                 counts[split]["bytes"] += len(text.encode())
                 token_bytes += int(tokenizer.bytes_per_token[ids].sum())
-            if time.monotonic() - reported > _PROGRESS_SECONDS:
-                reported = time.monotonic()
-                progress(
-                    f"tokenised {sum(split['bytes'] for split in counts.values()) / 1e6:.0f} of {total / 1e6:.0f} MB"
-                )
     text_bytes = sum(split["bytes"] for split in counts.values())
     if token_bytes != text_bytes:
         warnings.warn(
@@ -252,16 +328,19 @@ def _temporary_folder(cache_dir: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _install(folder: Path, target: Path) -> None:
+def _install(folder: Path, target: Path, fingerprint: str) -> None:
     """Rename `folder` to `target`; a complete corpus that another process put there stays, a damaged one gives way."""
     for _ in range(10):
         try:
             folder.rename(target)
-            return
         except OSError:
             if not target.exists():
                 raise
-        if damage(target) is None:
+        else:
+            sync(target.parent)
+            return
+        with contextlib.suppress(DamagedCorpusError):
+            _opened(target, fingerprint)
             return
         with _temporary_folder(target.parent, target.name) as aside, contextlib.suppress(OSError):
             target.rename(aside / "damaged")

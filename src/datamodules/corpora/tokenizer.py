@@ -10,9 +10,9 @@ rewrite.
 """
 
 import functools
-import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +23,18 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from src.datamodules.corpora.definitions import check_ids, library_errors, parse, read_definition
 from src.datamodules.corpora.errors import CorpusError
+from src.datamodules.corpora.files import content_digest, printable
 
 DEFAULT_VOCAB_SIZE = 4096
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
 USUAL_BOS = (BOS, "<s>", "<bos>", "<|bos|>", "[BOS]", "<|startoftext|>", "<|endoftext|>", "[CLS]")
 USUAL_EOS = (EOS, "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endoftext|>", "[SEP]")
+
+LONGEST_WORD = 1020
+"""Bytes of a word that BPE is trained on. A multiple of 1, 2, 3 and 4: in most scripts, cuts are between characters."""
 
 _PIECE_CHARACTERS = 2**20
 _TRAINING_PIECE_CHARACTERS = 2**16
@@ -49,14 +54,17 @@ class Tokenizer:
         _guard_forks()
         self.definition = definition
         self.bos, self.eos = bos, eos
-        self._backend = _parse(definition)
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
-        self.bytes_per_token = _bytes_per_token(self._backend, self.vocab_size)
+        self._backend = parse(definition)
+        with library_errors("it cannot be used"):
+            self._backend.encode_special_tokens = True
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            vocabulary = self._backend.get_vocab(with_added_tokens=True)
+            ids = [*vocabulary.values(), *self._backend.get_added_tokens_decoder()]
+            check_ids(ids)  # again: the library may have given tokens other ids than the file
+            self.vocab_size = max(ids) + 1
+            self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
+            self.bytes_per_token = _bytes_per_token(self._backend, self.vocab_size)
         self.bytes_per_token[[self.bos_id, self.eos_id]] = 0
         self._ids_are_bytes = definition == _byte_definition()
 
@@ -73,13 +81,18 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train byte-level BPE on `texts`: BOS 0, EOS 1, then the 256 bytes, then merges. Deterministic.
 
+        Words, which tokens do not cross, are cut after `LONGEST_WORD` bytes: text without spaces (DNA, base64, some
+        scripts) is one word otherwise, and training takes time that grows with the square of its length. If such text
+        is met, the tokeniser cuts it in the same places when it encodes; all other text is tokenised as without.
+
         Warns if the texts are too small for `vocab_size`; raises CorpusError if that leaves no room for the bytes.
         """
         if vocab_size < 258:
             raise CorpusError(f"vocab_size={vocab_size} is too small for BPE: 256 bytes, BOS and EOS need 258")
         _guard_forks()
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = words  # pyright: ignore[reportAttributeAccessIssue]
         backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -87,8 +100,11 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        pieces = (piece for text in texts for piece in _pieces(text, _TRAINING_PIECE_CHARACTERS))
-        backend.train_from_iterator(pieces, trainer)
+        feed = _TrainingText(words)
+        backend.train_from_iterator(feed.pieces(texts), trainer)
+        if feed.long_words:
+            cut = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+            backend.pre_tokenizer = pre_tokenizers.Sequence([words, cut])  # pyright: ignore[reportAttributeAccessIssue]
         if backend.get_vocab_size() < vocab_size:
             warnings.warn(
                 f"the training text yields {backend.get_vocab_size()} tokens, fewer than vocab_size={vocab_size}",
@@ -102,18 +118,16 @@ class Tokenizer:
 
         Raises CorpusError if the file cannot be read or has no such token; the message lists its special tokens.
         """
+        definition = read_definition(Path(path))
         try:
-            definition = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorpusError(f"tokenizer {path} cannot be read: {error}") from error
-        try:
-            backend = _parse(definition)
+            backend = parse(definition)
+            with library_errors("it cannot be used"):
+                vocabulary = backend.get_vocab(with_added_tokens=True)
+                special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
         except CorpusError as error:
             raise CorpusError(
-                f"tokenizer {path} is not a tokenizer.json of Hugging Face tokenizers: {error}"
+                f"tokenizer {printable(path)} is not a tokenizer.json of Hugging Face tokenizers: {error}"
             ) from error
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
 
         def choose(option: str, given: str | None, usual: Sequence[str]) -> str:
             for name in usual if given is None else (given,):
@@ -122,11 +136,15 @@ class Tokenizer:
             listing = " ".join(special[:20]) + (f" and {len(special) - 20} more" if len(special) > 20 else "")
             wanted = "none of the usual names" if given is None else f"no token {given!r}"
             raise CorpusError(
-                f"tokenizer {path} has {wanted} for its {option.upper()} token: set {option}= to one of its special"
+                f"tokenizer {printable(path)} has {wanted} for its {option.upper()} token: set data.{option}= to one of its special"
                 f" tokens: {listing or 'it has none'}"
             )
 
-        return cls(definition, choose("bos", bos, USUAL_BOS), choose("eos", eos, USUAL_EOS))
+        chosen = choose("bos", bos, USUAL_BOS), choose("eos", eos, USUAL_EOS)
+        try:
+            return cls(definition, *chosen)
+        except CorpusError as error:
+            raise CorpusError(f"tokenizer {printable(path)}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the definition as a tokenizer.json."""
@@ -144,9 +162,10 @@ class Tokenizer:
         if self._ids_are_bytes:
             return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
         cut = [list(_pieces(text, _PIECE_CHARACTERS)) for text in texts]
-        encodings = self._backend.encode_batch_fast(
-            [piece for pieces in cut for piece in pieces], add_special_tokens=False
-        )
+        with library_errors("the tokeniser cannot encode the text"):
+            encodings = self._backend.encode_batch_fast(
+                [piece for pieces in cut for piece in pieces], add_special_tokens=False
+            )
         ids = iter([np.array(encoding.ids, dtype=np.int64) for encoding in encodings])
         return [np.concatenate([next(ids) for _ in pieces]) for pieces in cut]
 
@@ -173,7 +192,7 @@ class TokenizerOptions:
     eos: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("bpe", "bytes") and not self._file().is_file():
+        if self.kind not in ("bpe", "bytes") and not self._exists():
             raise CorpusError(f"tokenizer {self.kind!r} is neither 'bpe' nor 'bytes' nor the path of a tokenizer.json")
         if self.kind == "bpe" and self.vocab_size is not None and self.vocab_size < 258:
             raise CorpusError(f"vocab_size={self.vocab_size} is too small for BPE: 256 bytes, BOS and EOS need 258")
@@ -193,8 +212,7 @@ class TokenizerOptions:
             return {"kind": "bpe", "vocab_size": self.vocab_size or DEFAULT_VOCAB_SIZE}
         if self.kind == "bytes":
             return {"kind": "bytes"}
-        content = hashlib.blake2b(self._file().read_bytes(), digest_size=16).hexdigest()
-        return {"kind": "file", "content": content, "bos": self.bos, "eos": self.eos}
+        return {"kind": "file", "content": content_digest(self._file()), "bos": self.bos, "eos": self.eos}
 
     def build(self, training_texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Return the tokeniser; `training_texts` is called for "bpe" only."""
@@ -204,16 +222,15 @@ class TokenizerOptions:
             return Tokenizer.of_bytes()
         return Tokenizer.load(self._file(), self.bos, self.eos)
 
+    def _exists(self) -> bool:
+        try:
+            return self._file().is_file()
+        except (OSError, ValueError, RuntimeError):  # a name that is too long or holds a NUL, an unknown ~user
+            return False
+
     def _file(self) -> Path:
         path = Path(self.kind).expanduser()
         return path / "tokenizer.json" if path.is_dir() else path
-
-
-def _parse(definition: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(definition)
-    except Exception as error:  # the binding raises bare Exception
-        raise CorpusError(str(error)) from error
 
 
 @functools.cache
@@ -267,6 +284,47 @@ def _pieces(text: str, limit: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+class _TrainingText:
+    """Feeds texts to the training of BPE, with long words cut. `long_words` tells whether there were any."""
+
+    _LONG_BLANK = re.compile(rf"\s{{{LONGEST_WORD // 4}}}")
+
+    def __init__(self, words: pre_tokenizers.ByteLevel) -> None:
+        self._words = words
+        self.long_words = False
+
+    def pieces(self, texts: Iterable[str]) -> Iterator[str]:
+        """Yield all of `texts` in pieces."""
+        for text in texts:
+            for piece in _pieces(text, _TRAINING_PIECE_CHARACTERS):
+                # A quick test that ordinary text passes; a character has four bytes at most.
+                suspicious = max(map(len, piece.split()), default=0) >= LONGEST_WORD // 4
+                if suspicious or self._LONG_BLANK.search(piece):
+                    yield from self._cut(piece)
+                else:
+                    yield piece
+
+    def _cut(self, piece: str) -> Iterator[str]:
+        start = 0
+        for word, (begin, end) in self._words.pre_tokenize_str(piece):  # a character of `word` stands for one byte
+            if len(word) <= LONGEST_WORD:
+                continue
+            self.long_words = True
+            if begin > start:
+                yield piece[start:begin]
+            data = piece[begin:end].encode()
+            while len(data) > LONGEST_WORD:
+                cut = LONGEST_WORD
+                while data[cut] & 0xC0 == 0x80:  # within a character
+                    cut -= 1
+                yield data[:cut].decode()
+                data = data[cut:]
+            yield data.decode()
+            start = end
+        if start < len(piece):
+            yield piece[start:]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.datamodules.corpora import CorpusError, PythonSource, TextFiles, sources
+from src.datamodules.corpora import CorpusError, PythonSource, TextFiles, files, sources
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -248,7 +248,7 @@ class TestFingerprint:
 
     def test_large_sources_count_by_size_and_time(self, root, monkeypatch):
         by_content = TextFiles(root).fingerprint()
-        monkeypatch.setattr(sources, "CONTENT_HASH_LIMIT", 15)
+        monkeypatch.setattr(files, "CONTENT_HASH_LIMIT", 15)
         os.utime(root / "a.txt", ns=(1, 1))
         before = TextFiles(root).fingerprint()
         assert before != by_content

@@ -1,8 +1,11 @@
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -12,9 +15,19 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 import src
-from src.datamodules.corpora import SPLITS, Corpus, CorpusError, TextFiles, Tokenizer, TokenizerOptions, prepare, store
+from src.datamodules.corpora import (
+    SPLITS,
+    Corpus,
+    CorpusError,
+    TextFiles,
+    Tokenizer,
+    TokenizerOptions,
+    prepare,
+    progress,
+    store,
+)
 from src.datamodules.corpora.corpus import damage
-from src.datamodules.corpora.splits import SplitShares
+from src.datamodules.corpora.splits import SplitShares, content_key
 
 ROOT = Path(src.__file__ or "").parents[1]
 BPE = TokenizerOptions("bpe", vocab_size=300)
@@ -40,8 +53,8 @@ class TestContent:
         shares = SplitShares(0.2, 0.1)
         tokenizer = corpus.tokenizer
         expected = {split: [] for split in SPLITS}
-        for name, text in TextFiles(folder).documents():
-            expected[shares.of(name)].append(text)
+        for _, text in TextFiles(folder).documents():
+            expected[shares.of(content_key(text))].append(text)
         for split in SPLITS:
             stream = corpus.split(split)
             assert stream.num_documents == len(expected[split]) == len(stream.offsets) - 1
@@ -73,7 +86,7 @@ class TestContent:
         monkeypatch.setattr(Tokenizer, "train", lambda texts, size: train(seen.extend(texts) or seen, size))
         prepare(TextFiles(folder), BPE, tmp_path / "cache", val_share=0.2, test_share=0.2)
         shares = SplitShares(0.2, 0.2)
-        assert seen == [text for name, text in TextFiles(folder).documents() if shares.of(name) == "train"]
+        assert seen == [t for _, t in TextFiles(folder).documents() if shares.of(content_key(t)) == "train"]
 
     def test_large_corpora_train_it_on_a_sample(self, folder, tmp_path, monkeypatch):
         seen = []
@@ -124,14 +137,113 @@ class TestContent:
         assert max(sizes) < 1000 + longest
         assert contents(pieces) == contents(whole)
 
-    def test_progress(self, folder, tmp_path, monkeypatch, capsys):
+    def test_progress(self, folder, tmp_path, capsys):
         lines = []
-        monkeypatch.setattr(store, "_PROGRESS_SECONDS", -1)
         prepare(TextFiles(folder), BYTES, tmp_path / "cache", progress=lines.append)
-        assert [line.split()[0] for line in lines] == ["preparing", "80", "tokenised", lines[-1].split()[0]]
+        assert [line.split()[0] for line in lines] == ["preparing", "80", "tokenising", lines[-1].split()[0]]
+        assert "reading 50 .txt, 1 .jsonl" in lines[0]
         assert "bytes per token" in lines[-1]
         prepare(TextFiles(folder), BYTES, tmp_path / "quiet")
         assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize("phase", ["listing", "reading", "training", "tokenising", "writing", "checking"])
+    def test_every_phase_says_how_far_it_is(self, folder, tmp_path, monkeypatch, phase):
+        """Also while one call does not return."""
+        monkeypatch.setattr(store, "_PROGRESS_SECONDS", 0.1)
+        monkeypatch.setattr(progress, "_SHORTEST_WAIT", 0.1)
+        owner, name = {
+            "listing": (TextFiles, "files"),
+            "reading": (TextFiles, "finish"),
+            "training": (Tokenizer, "train"),
+            "tokenising": (Tokenizer, "encode_batch"),
+            "writing": (store, "write_meta"),
+            "checking": (store, "Corpus"),
+        }[phase]
+        if phase == "checking":
+            prepare(TextFiles(folder), BPE, tmp_path / "cache")
+        act = getattr(owner, name)
+
+        def slowly(*args):
+            args = (list(args[0]), args[1]) if phase == "training" else args  # the texts are read, nothing is done yet
+            time.sleep(0.5)
+            return act(*args)
+
+        monkeypatch.setattr(owner, name, slowly)
+        lines = []
+        prepare(TextFiles(folder), BPE, tmp_path / "cache", progress=lines.append)
+        expected = {
+            "listing": "listing and hashing the files of texts",
+            "reading": "read 80 documents",
+            "training": "training the tokeniser: ",
+            "tokenising": "tokenised 0",
+            "writing": "writing 0 MB",
+            "checking": f"checking {tmp_path}",
+        }
+        assert sum(line.startswith(expected[phase]) for line in lines) >= 2
+        assert "progress of a corpus" not in {thread.name for thread in threading.enumerate()}
+
+    def test_a_line_that_cannot_be_printed_ends_nothing(self, monkeypatch):
+        monkeypatch.setattr(progress, "_SHORTEST_WAIT", 0.01)
+        with progress.Heartbeat(lambda line: print(1 / 0) if line == "late" else None, 0.01) as heart:
+            heart.say("first", doing=lambda: "late")
+            time.sleep(0.1)
+            assert heart._thread.is_alive()
+
+    def test_lines_appear_where_nobody_has_set_up_logging(self, folder, tmp_path):
+        program = (
+            "import sys; from src.datamodules.corpora import TextFiles, TokenizerOptions, prepare\n"
+            "prepare(TextFiles(sys.argv[1]), TokenizerOptions('bpe', vocab_size=300), sys.argv[2])"
+        )
+        command = [sys.executable, "-c", program, str(folder), str(tmp_path / "cache")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert [line.split()[0] for line in run.stderr.splitlines()][:3] == ["preparing", "80", "tokenising"]
+
+
+class TestIdenticalDocuments:
+    """No text that is held out is trained on under another name, or in a file of another format."""
+
+    @staticmethod
+    def texts_of(corpus: Corpus, split: str) -> set[str]:
+        stream = corpus.split(split)
+        starts = stream.offsets
+        pieces = [stream.tokens[starts[i] + 1 : starts[i + 1] - 1] for i in range(stream.num_documents)]
+        return {" ".join(corpus.tokenizer.decode(piece).split()) for piece in pieces}
+
+    def check(self, corpus: Corpus) -> None:
+        sides = [self.texts_of(corpus, split) for split in SPLITS]
+        assert all(sides)
+        assert sum(map(len, sides)) == len(set.union(*sides))
+
+    def test_rows(self, tmp_path):
+        rows = [json.dumps({"text": f"text number {i % 60}"}) for i in range(600)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+        with pytest.warns(UserWarning, match=r"540 of 600 documents \(90%\) repeat"):
+            corpus = prepare(TextFiles(tmp_path / "rows.jsonl"), BYTES, tmp_path / "cache")
+        self.check(corpus)
+        assert corpus.meta["duplicate_documents"] == 540
+        assert sum(split["documents"] for split in corpus.meta["splits"].values()) == 600
+
+    def test_files_in_other_dress(self, tmp_path):
+        root = tmp_path / "texts"
+        (root / "sub").mkdir(parents=True)
+        for i in range(40):
+            text = f"text\nnumber {i}\n"
+            (root / f"{i}.txt").write_text(text)
+            (root / "sub" / f"{i}.txt.gz").write_bytes(gzip.compress(text.encode()))
+            (root / f"windows{i}.txt").write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+            (root / f"wide{i}.txt").write_text(text, encoding="utf-16")
+            (root / f"link{i}.txt").symlink_to(f"{i}.txt")
+            os.link(root / f"{i}.txt", root / "sub" / f"hard{i}.txt")
+        lines = [json.dumps({"text": f"text\nnumber {i}"}) for i in range(40)]
+        (root / "rows.jsonl").write_text("\n".join(lines))
+        lines = []
+        with pytest.warns(UserWarning, match="160 of 200 documents"):
+            corpus = prepare(
+                TextFiles(root), BYTES, tmp_path / "cache", val_share=0.2, test_share=0.2, progress=lines.append
+            )
+        self.check(corpus)
+        assert "left out 80 link(s) to files already listed" in lines[0]
 
 
 class TestCache:
@@ -218,7 +330,7 @@ class TestCache:
 
     def test_few_documents(self, folder, tmp_path):
         with pytest.warns(UserWarning, match="moved"):
-            corpus = prepare(TextFiles(folder, pattern="note0[024].txt"), BYTES, tmp_path / "cache")
+            corpus = prepare(TextFiles(folder, pattern="note0[138].txt"), BYTES, tmp_path / "cache")
         assert [corpus.split(split).num_documents for split in SPLITS] == [1, 1, 1]
         assert len(corpus.meta["moved_to_fill_a_split"]) == 2
 

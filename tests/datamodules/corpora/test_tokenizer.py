@@ -1,6 +1,8 @@
+import hashlib
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import warnings
@@ -147,6 +149,67 @@ class TestTraining:
             Tokenizer.train(TRAINING, 257)
 
 
+class TestTextWithoutSpaces:
+    """One word of any length takes training a time that grows with its square: words are cut."""
+
+    DNA = "".join(random.Random(0).choices("ACGT", k=30_000))
+
+    @staticmethod
+    def spy_on_training(monkeypatch) -> list[str]:
+        fed: list[str] = []
+        pieces = module._TrainingText.pieces
+        monkeypatch.setattr(
+            module._TrainingText, "pieces", lambda *args: (fed.append(piece) or piece for piece in pieces(*args))
+        )
+        return fed
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            DNA,
+            "日本語" * 3000,
+            "🙂" * 2000,
+            "é" * 3000,
+            " " * 9000 + "\n" * 9000,
+            "=" * 5000,
+            "1" * 5000 + " a b",
+            "aé日🙂" * 999,
+        ],
+        ids=["dna", "cjk", "emoji", "accents", "blanks", "rule", "digits", "mixed"],
+    )
+    def test_training_sees_bounded_words(self, monkeypatch, text):
+        text = f"Some words, {text} and  more.\n"
+        fed = self.spy_on_training(monkeypatch)
+        trained = Tokenizer.train([text, "as usual"], 300)
+        monkeypatch.undo()
+        assert "".join(fed) == text + "as usual"
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        assert max(len(word) for piece in fed for word, _ in words.pre_tokenize_str(piece)) <= module.LONGEST_WORD
+        ids = trained.encode(text)
+        assert trained.decode(ids) == text
+        assert trained.bytes_per_token[ids].sum() == len(text.encode())
+
+    def test_encoding_cuts_in_the_same_places(self, tmp_path):
+        trained = Tokenizer.train([self.DNA], 1000)
+        cuts = [trained.encode(self.DNA[i : i + 1020]) for i in range(0, len(self.DNA), 1020)]
+        assert np.array_equal(trained.encode(self.DNA), np.concatenate(cuts))
+        trained.save(tmp_path / "tokenizer.json")
+        backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert backend.encode(self.DNA, add_special_tokens=False).ids == trained.encode(self.DNA).tolist()
+
+    def test_ordinary_text_is_tokenised_as_before(self):
+        texts = [*TRAINING, "x" * 1020, " " * 1021 + "y", "word " * 5000, "日本" * 170]
+        definition = Tokenizer.train(texts, 400).definition
+        assert hashlib.blake2b(definition.encode(), digest_size=8).hexdigest() == "1da28b3c42bafabc"
+        cut = Tokenizer.train([*texts, "q" * 1021], 400)
+        assert '"Split"' in cut.definition
+        same = json.loads(definition) | {"pre_tokenizer": json.loads(cut.definition)["pre_tokenizer"]}
+        capped = Tokenizer(json.dumps(same), cut.bos, cut.eos)
+        plain = Tokenizer(definition, cut.bos, cut.eos)
+        for text in [*texts, *NASTY[:-1]]:
+            assert np.array_equal(capped.encode(text), plain.encode(text))
+
+
 class TestExistingTokenizers:
     @staticmethod
     def save(path: Path, special: list[str], vocab: dict[str, int] | None = None) -> Path:
@@ -178,9 +241,9 @@ class TestExistingTokenizers:
         assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
         ordinary = Tokenizer.load(path, bos="a", eos="<stop>")
         assert ordinary.bytes_per_token.tolist() == [0, 1, 0, 0, 0]
-        with pytest.raises(CorpusError, match=r"none of the usual names for its BOS.*bos=.*<start> <stop> </s>"):
+        with pytest.raises(CorpusError, match=r"none of the usual names for its BOS.*data\.bos=.*<start> <stop> </s>"):
             Tokenizer.load(path)
-        with pytest.raises(CorpusError, match="no token '<end>' for its EOS"):
+        with pytest.raises(CorpusError, match=r"no token '<end>' for its EOS.*data\.eos="):
             Tokenizer.load(path, bos="<start>", eos="<end>")
 
     def test_truncation_and_padding_are_switched_off(self, tmp_path):
