@@ -116,6 +116,8 @@ class TextDataModule(StreamDataModule):
         for name, limit in (("val_windows", val_windows), ("test_windows", test_windows)):
             if limit is not None and limit < 1:
                 raise ValueError(f"data.{name}={limit}: at least 1, or null for all")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"data.seed={seed}: a number from 0 to 2^64 - 1")
         if not isinstance(source, Source):
             if path is None:
                 raise ValueError("data.path: must name a file or folder of text")

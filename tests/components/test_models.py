@@ -13,6 +13,7 @@ from src.components.canon import Canon
 from src.components.generation import generate
 from src.components.kernels.registry import Operation
 from src.components.mixture_of_experts import MixtureOfExperts
+from src.config import ConfigError
 from tests.measured import note
 
 MODELS = sorted(p.stem for p in (Path(CONFIG_DIR) / "model").glob("*.yaml") if p.stem != "base")
@@ -241,6 +242,19 @@ def test_gradients_are_those_of_the_function(net):
         up, down = (block(x + step * way, segments)[0] for step in (1e-5, -1e-5))
         slope = ((up - down) * weights).sum() / 2e-5
     torch.testing.assert_close((gradient * way).sum(), slope, atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_width_that_does_not_fit_is_refused_before_anything_runs(model):
+    """Heads may not divide the width; a model that can be built can also be run."""
+    for dim in (61, 62, 66):
+        try:
+            net = tiny(model, "", f"model.dim={dim}")
+        except ConfigError as error:
+            assert "dim" in str(error)
+            continue
+        with torch.no_grad():
+            assert net(some_ids(1, 5)).isfinite().all()
 
 
 def test_formulas_agree_with_the_module(net):
