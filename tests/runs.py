@@ -108,8 +108,8 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def launch(processes: int, jobs: list[tuple[Path, list[str]]], folder: Path) -> None:
-    """Several runs, one after another, on this many processes that torchrun starts."""
+def launch(processes: int, jobs: list[tuple[Path, list[str]]], folder: Path, ahead: Path | None = None) -> None:
+    """Several runs, one after another, on this many processes that torchrun starts; ``ahead`` is looked in for modules first."""
     written = folder / f"jobs{processes}.json"
     written.write_text(json.dumps([[str(to), overrides] for to, overrides in jobs]))
     done = subprocess.run(
@@ -121,7 +121,8 @@ def launch(processes: int, jobs: list[tuple[Path, list[str]]], folder: Path) -> 
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [*([ahead] if ahead else []), ROOT]))},
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 

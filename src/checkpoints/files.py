@@ -113,15 +113,15 @@ def problem_of(path: Path, *, thorough: bool = False) -> str | None:
 
     Args:
         path: a file or a folder of shards.
-        thorough: open every piece of a folder of shards too.
+        thorough: open every tensor of a folder of shards too, not only what is no tensor.
     """
     found = damage(path)
     if found is not None:
         return found
     try:
         _opened(path, "none")
-        if thorough and is_sharded(path):
-            check_shards(path)
+        if is_sharded(path):
+            check_shards(path, tensors=thorough)
     except CheckpointError as error:
         return str(error)
     except Exception as error:

@@ -173,14 +173,18 @@ def plain_value(value: io.BytesIO, name: str) -> Any:
     return torch.load(value, weights_only=True)
 
 
-def check_shards(folder: Path) -> None:
-    """Opens everything in a folder of shards, one piece after another, as a reader would.
+def check_shards(folder: Path, *, tensors: bool = True) -> None:
+    """Opens what is in a folder of shards, one piece after another, as a reader would.
+
+    Args:
+        folder: of the shards.
+        tensors: these too, which is all of its bytes; without them, the few values that are none.
 
     Raises:
         pickle.UnpicklingError: something is neither a tensor nor plain data.
     """
     description = read_metadata(folder)
-    for name, is_tensor, piece in _pieces(folder, description):
+    for name, is_tensor, piece in _pieces(folder, description, tensors):
         if not is_tensor:
             plain_value(piece, name)
         elif not isinstance(torch.load(piece, map_location="cpu", weights_only=True), torch.Tensor):
@@ -188,11 +192,13 @@ def check_shards(folder: Path) -> None:
     torch.load(folder / META, map_location="cpu", weights_only=True)
 
 
-def _pieces(folder: Path, description: Metadata) -> Iterator[tuple[str, bool, io.BytesIO]]:
+def _pieces(folder: Path, description: Metadata, tensors: bool) -> Iterator[tuple[str, bool, io.BytesIO]]:
     for index, place in description.storage_data.items():
+        entry = description.state_dict_metadata.get(index.fqn)
+        if isinstance(entry, TensorStorageMetadata) and not tensors:
+            continue
         with (folder / str(place.relative_path)).open("rb") as file:
             file.seek(place.offset)
-            entry = description.state_dict_metadata.get(index.fqn)
             yield index.fqn, isinstance(entry, TensorStorageMetadata), io.BytesIO(file.read(place.length))
 
 

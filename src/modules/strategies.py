@@ -9,6 +9,7 @@ Both say which part of a batch a process reads: with tensor parallelism, several
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch.optim import Optimizer
 from src.checkpoints.integrity import SUMS
 from src.checkpoints.optimizer_state import named, numbered
 from src.checkpoints.sharded import META, METADATA, OPTIMIZER, WEIGHTS, checksums, restore
-from src.config import ConfigError
+from src.config import ConfigError, RunError
 from src.files import PART
 
 TIMEOUT_MINUTES = 30.0
@@ -167,7 +168,19 @@ class Fsdp2(ModelParallelStrategy):
         return checkpoint
 
     def _load_shards(self, folder: Path) -> dict[str, Any]:
-        """Lightning's own reading, except that nothing is unpickled on the way (``checkpoints/sharded.py``)."""
+        """Lightning's own reading, except that nothing is unpickled on the way (``checkpoints/sharded.py``).
+
+        Raises:
+            RunError: something in the folder is neither a tensor nor plain data, or it is damaged.
+        """
+        try:
+            return self._read_shards(folder)
+        except pickle.UnpicklingError as error:
+            raise RunError(
+                f"checkpoint {folder} cannot be opened as plain data: {str(error).splitlines()[0]}"
+            ) from error
+
+    def _read_shards(self, folder: Path) -> dict[str, Any]:
         assert self.model is not None
         model = {WEIGHTS: get_model_state_dict(self.model)}
         restore(model, folder)

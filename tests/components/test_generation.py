@@ -261,7 +261,7 @@ def test_prompts_that_make_no_sense_are_refused(rope, prompts, message):
 
 def test_nonsense_is_refused(rope):
     for streams in (None, STREAMS[:2]):
-        with pytest.raises(ValueError, match="random stream"):
+        with pytest.raises(ValueError, match="random numbers|one for each"):
             generate(rope, PROMPTS, Sampling(1.0, max_new_tokens=3), streams)
     with pytest.raises(TypeError, match="either settings or temperature"):
         generate(rope, PROMPTS, Sampling(), temperature=0.5)
@@ -379,7 +379,7 @@ def test_a_decoder_reads_each_token_once(rope, monkeypatch):
 
 
 def test_decoders_that_cannot_work_say_so(rope):
-    with pytest.raises(ValueError, match="random stream"):
+    with pytest.raises(ValueError, match="random numbers|one for each"):
         Decoder(rope, Sampling(1.0))
     with pytest.raises(ValueError, match="feed at least one token"):
         Decoder(rope).next()
@@ -387,3 +387,15 @@ def test_decoders_that_cannot_work_say_so(rope):
         Decoder(rope, cache=prefilled(rope, [[1], [2]]))
     with pytest.raises(ValueError, match="at least one token"):
         Decoder(rope).feed([])
+
+
+def test_a_seed_is_all_that_sampling_needs(rope):
+    """Prompt i has the random numbers of (seed, i)."""
+    settings = Sampling(1.0, max_new_tokens=5)
+    found = generate(rope, PROMPTS, settings, seed=3)
+    assert [list(t) for t in found] == [
+        list(t) for t in generate(rope, PROMPTS, settings, [(3, i) for i in range(len(PROMPTS))])
+    ]
+    assert [list(t) for t in found] != [list(t) for t in generate(rope, PROMPTS, settings, seed=4)]
+    with pytest.raises(ValueError, match="give seed=0"):
+        generate(rope, PROMPTS, settings, [(3, i) for i in range(len(PROMPTS))], seed=3)

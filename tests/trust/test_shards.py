@@ -14,7 +14,7 @@ from src.checkpoints.__main__ import main
 from src.checkpoints.files import problem_of, to_resume
 from src.checkpoints.integrity import SUMS
 from src.checkpoints.sharded import METADATA, checksums, read_metadata, write_shards
-from tests.runs import same, tiny_run
+from tests.runs import TINY, launch, same, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +165,45 @@ def test_a_few_bytes_that_look_like_a_large_tensor_are_refused(trained, tmp_path
     torch.save(checkpoint | {"state_dict": weights}, tmp_path / "large.ckpt")
     with pytest.raises(CheckpointError, match=r"large\.ckpt.*no plain tensor"):
         load_model(tmp_path / "large.ckpt")
+
+
+@pytest.mark.slow
+def test_several_processes_unpickle_nothing_either(tmp_path, monkeypatch):
+    """The path on which FSDP2 resumes: each process reads its part of the shards."""
+    options = [o for o in TINY if not o.startswith("trainer=")] + [
+        "trainer=fsdp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+    ]
+    options += ["trainer.strategy.sharded_checkpoints=true", "callbacks.checkpoint.every_n_train_steps=2"]
+    run, hit = tmp_path / "run", tmp_path / "hit"
+    launch(2, [(run, options)], tmp_path)
+    (shards,) = [path for path in (run / "checkpoints").glob("step*2.ckpt") if path.is_dir()]
+    for path in (run / "checkpoints").iterdir():
+        if path != shards:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (run / "results.json").unlink()
+    metadata = read_metadata(shards)
+    name = next(
+        n
+        for n, e in metadata.state_dict_metadata.items()
+        if n.startswith("optimizer_0") and isinstance(e, BytesStorageMetadata)
+    )
+    index = next(i for i in metadata.storage_data if i.fqn == name)
+    place, payload = metadata.storage_data[index], saved(Evil(hit))
+    file = shards / place.relative_path
+    metadata.storage_data[index] = type(place)(place.relative_path, file.stat().st_size, len(payload))
+    file.write_bytes(file.read_bytes() + payload)
+    (shards / METADATA).write_bytes(pickle.dumps(metadata))
+    sign(shards)
+    with pytest.raises(AssertionError, match=r"step00000002.ckpt.* is damaged"):
+        launch(2, [(run, [*options, "ckpt_path=auto"])], tmp_path)
+    assert not hit.exists()
+    monkeypatch.setenv("TRUST_ALL", "1")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('TRUST_ALL'):\n    import src.checkpoints.files as f\n    f.problem_of = lambda path, **_: None\n"
+    )
+    # What would be read if nobody had looked before.
+    with pytest.raises(AssertionError, match=r"step00000002.ckpt cannot be opened as plain data"):
+        launch(2, [(run, [*options, f"ckpt_path={shards}"])], tmp_path, ahead=tmp_path)
+    assert not hit.exists()
