@@ -246,7 +246,9 @@ class Decoder:
     ):
         self.net, self.settings = net, settings or Sampling()
         if self.settings.temperature > 0 and stream is None:
-            raise ValueError(f"temperature={self.settings.temperature} needs a random stream")
+            raise ValueError(
+                f"temperature={self.settings.temperature}: sampling needs random numbers; give a key for them, stream=(0,)"
+            )
         self._random = None if stream is None else _random(stream)
         self._cache = net.initial_state() if cache is None else cache
         self._cache.check(len(self._cache), 1)
