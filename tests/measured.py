@@ -14,7 +14,7 @@ _noted: list[float] = []
 _assert_close = torch.testing.assert_close
 
 
-def note(difference: float) -> None:
+def note(difference: float | torch.Tensor) -> None:
     """A difference that the running test has measured."""
     _noted.append(float(difference))
 
