@@ -10,10 +10,11 @@ templates in ``templates/`` put them on the page.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,41 +28,78 @@ from src.reporting.leaderboard import leaderboards
 from src.reporting.palette import THEMES, looks, on_scale, scale
 from src.reporting.pictures import draw_pictures
 from src.reporting.published import beside
-from src.reporting.registry import Run, runs_table
 from src.reporting.results import SweepResults
-from src.reporting.sections import Section
+from src.reporting.runs import Run, run_line
+from src.reporting.sections import MOST_ROWS, Section
 from src.reporting.tables import SweepTables
-from src.reporting.wording import BEST, MEAN, identity, known, number, rate
-from src.sweeps.cost import duration
+from src.reporting.wording import BEST, MEAN, duration, identity, known, number, rate
 
 TEMPLATES = Path(__file__).parent / "templates"
+MOST_TEXT = 300  # characters of a name
 SHOWN_METRICS = ("test/accuracy", "test/bits_per_parameter", "test/bits_per_byte", "test/loss", "val/loss")
 
 
-def write_report(sweeps: list[SweepResults], folder: Path, runs: Sequence[Run] = ()) -> Path:
+Told = Callable[[str], object]  # hears what is being done
+
+
+def write_report(
+    sweeps: list[SweepResults],
+    folder: Path,
+    runs: Sequence[Run] = (),
+    problems: list[tuple[str, str]] | None = None,
+    told: Told = lambda words: None,
+) -> Path:
     """Writes the page and its twins.
 
     Args:
         sweeps: what is reported, in this order.
         folder: becomes ``index.html``, ``tables`` and ``figures``; files of an earlier report are overwritten.
         runs: outside of sweeps, for a plain table.
+        problems: files that could not be read, and why; the page lists them, and gets to this list what turns up while it is written.
+        told: hears what is being done, every now and then.
 
     Returns:
         Path of ``index.html``.
     """
+    problems = [] if problems is None else problems
+    _read(sweeps, told)
     tables = [SweepTables(sweep) for sweep in sweeps]
     page = _Page(folder, tables)
-    sections = [page.section(table) for table in tables]
+    sections = []
+    for table in tables:
+        told(f"drawing {identity(table.sweep)}, {len(sections) + 1} of {len(tables)}")
+        sections.append(page.section(table))
     boards, board_lines = leaderboards({page.slugs[table]: table for table in tables}, page.tasks)
     board_files = []
     if board_lines:
         write_csv(board_lines, folder / "tables" / "leaderboard.csv")
         board_files = [("CSV", "tables/leaderboard.csv")]
-    context = {"sweeps": sections, "boards": boards, "board_files": board_files, "outside": outside(runs, folder)}
+    context = {"sweeps": sections, "boards": boards, "board_files": board_files, "most_rows": MOST_ROWS}
+    context["outside"] = outside(runs, folder, problems, told)
+    # After everything else: curves are read for figures only.
+    problems += dict.fromkeys(problem for sweep in sweeps for problem in sweep.problems)
+    context["unreadable"] = unreadable(problems, folder)
     path = folder / "index.html"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(page.render(context), encoding="utf-8")
+    # Names of folders may hold what is no text.
+    path.write_bytes(page.render(context).encode("utf-8", errors="backslashreplace"))
     return path
+
+
+def _read(sweeps: Sequence[SweepResults], told: Told) -> None:
+    there, done = sum(len(sweep.plan["jobs"]) for sweep in sweeps), itertools.count(1)
+    for sweep in sweeps:
+        sweep.read(lambda _: told(f"reading the runs of sweeps, {next(done):,} of {there:,}"))
+
+
+def unreadable(problems: Sequence[tuple[str, str]], folder: Path) -> list[tuple[str, str]]:
+    """What the page says of files that could not be read; the file of an earlier report does not stay."""
+    path = folder / "tables" / "unreadable.csv"
+    if problems:
+        write_csv([{"where": where, "what": what} for where, what in problems], path)
+    else:
+        path.unlink(missing_ok=True)
+    return list(problems)
 
 
 class _Page:
@@ -154,15 +192,23 @@ def headline(sections: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {"title": f"{heading}, Canon Lab", "heading": heading, "summary": summary}
 
 
-def outside(runs: Iterable[Run], folder: Path) -> dict[str, Any] | None:
+def outside(
+    runs: Sequence[Run], folder: Path, problems: list[tuple[str, str]], told: Told = lambda words: None
+) -> dict[str, Any] | None:
     """The table of runs that belong to no sweep."""
-    lines = [{str(key): value for key, value in line.items()} for line in runs_table(runs).to_dict("records")]
+    lines: list[dict[str, Any]] = []
+    for number_of, run in enumerate(runs, start=1):
+        told(f"reading single runs, {number_of:,} of {len(runs):,}")
+        alone = Run(run.folder)  # forgotten after its line
+        lines.append(run_line(alone))
+        problems += [(lines[-1]["folder"], problem) for problem in alone.problems]
     if not lines:
         return None
     write_csv(
         [{k: v if isinstance(v, str) or known(v) else None for k, v in line.items()} for line in lines],
         folder / "tables" / "runs.csv",
     )
+    there, lines = len(lines), lines[-MOST_ROWS:]
     metrics = [metric for metric in SHOWN_METRICS if any(known(line.get(metric)) for line in lines)][:3]
     columns = [
         "folder",
@@ -179,7 +225,7 @@ def outside(runs: Iterable[Run], folder: Path) -> dict[str, Any] | None:
     shown = [
         [
             *(
-                line[key] if isinstance(line[key], str) and line[key] else "–"
+                line[key][:MOST_TEXT] if isinstance(line[key], str) and line[key] else "–"
                 for key in ("folder", "name", "status", "data", "canon")
             ),
             f"{line['seed']:.0f}" if known(line["seed"]) else "–",
@@ -190,7 +236,8 @@ def outside(runs: Iterable[Run], folder: Path) -> dict[str, Any] | None:
         ]
         for line in lines
     ]
-    return {"columns": columns, "lines": shown, "files": [("CSV", "tables/runs.csv")]}
+    found = {"columns": columns, "lines": shown, "files": [("CSV", "tables/runs.csv")]}
+    return found | {"there": there, "left_out": there > len(lines)}
 
 
 def embedded(data: Any) -> Markup:

@@ -99,7 +99,7 @@ def heat_map(tables: SweepTables) -> Figure | None:
     figure, axes = _figure(width, height)
     for y, row in enumerate(tables.rows):
         of = {line["variant"]: line for line in of_row(tables.scores, row)}
-        shares = shares_of([of.get(name, {}) for name in tables.variants], "mean")
+        shares = shares_of([of.get(name, {}) for name in tables.variants], "mean", tables.uncertainty(row))
         for x, (name, share) in enumerate(zip(tables.variants, shares, strict=True)):
             color, text = on_scale("light", share) if share is not None else (COLORS["faint"], COLORS["muted"])
             axes.add_patch(_tile(x, y, color))
@@ -209,7 +209,8 @@ def _rates(axes: Axes, tables: SweepTables, row: Row, looks: Looks) -> bool:
             chosen = next(mean for mean in line if mean["chosen"])
             ring = _style(looks[variant], marker="o", markersize=11, markerfacecolor="none")
             axes.plot(chosen["learning_rate"], chosen["mean"], **ring)
-    axes.set_xscale("log")
+    if existing and existing[0] > 0:
+        axes.set_xscale("log")
     axes.set_xticks(existing, [rate(value) for value in existing])
     axes.minorticks_off()
     metric = tables.sweep.plan["metrics"][row.task]

@@ -15,7 +15,8 @@ from src.build import model_from_config
 from src.components.backbone import Backbone
 from src.config import instantiate
 from src.datamodules.base import StreamDataModule
-from src.reporting.registry import Run
+from src.reporting.runs import Run
+from src.reporting.wording import duration
 from src.sweeps.jobs import is_finished
 from src.sweeps.plan import Job, Match, is_repetition
 
@@ -112,14 +113,6 @@ def print_matched(jobs: list[Job], match: Match) -> None:
 
 def _budgets(net: Backbone, seq_len: int) -> tuple[int, int, int]:
     return net.count_parameters(), net.flops_per_token(seq_len), net.state_size(seq_len)
-
-
-def duration(seconds: float) -> str:
-    """Such as 42 s, 12 min, 3.5 h, 2.1 days."""
-    for limit, unit, name in ((100, 1, "s"), (100 * 60, 60, "min"), (72 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}" if name != "h" else f"{seconds / unit:.1f} h"
-    return f"{seconds / 86_400:.1f} days"
 
 
 def print_jobs(jobs: list[Job], seconds: dict[str, float]) -> None:

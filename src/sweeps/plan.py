@@ -39,45 +39,10 @@ from src.datamodules.base import StreamDataModule
 from src.matching import match_model
 from src.overrides import first_misspelt_key
 from src.run import checked
+from src.sweeps.statements import LEARNING_RATE, SEED, Match, Statement, is_repetition
 
-SEED, LEARNING_RATE = "seed", "optimizer.lr"
 RECIPE = "recipe"
 SMALLEST = "smoke"
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A checkable statement: ``better`` scores at least ``by`` more than ``than``.
-
-    With a negative ``by`` it says that something is at most so much worse. Scores are those of the best learning rate of
-    each, paired by seed.
-
-    Args:
-        better: a variant.
-        than: another.
-        by: least difference.
-        task: on which of the tasks; None for every one of them, which makes one statement each.
-    """
-
-    better: str
-    than: str
-    by: float = 0.0
-    task: str | None = None
-
-
-@dataclass(frozen=True)
-class Match:
-    """Makes variants as large as one of them.
-
-    Args:
-        budget: parameters, flops (per token) or state.
-        to: the variant that stays as it is.
-        change: width or depth of the others.
-    """
-
-    budget: str
-    to: str
-    change: str = "width"
 
 
 @dataclass(frozen=True)
@@ -117,11 +82,6 @@ class Job:
     def command(self) -> str:
         """What a shell would run again, from the folder of the repository."""
         return "python src/train.py " + " ".join(quoted(override) for override in self.overrides)
-
-
-def is_repetition(keys: str) -> bool:
-    """Whether an axis repeats a comparison (seeds) or tunes it (the learning rate), instead of asking something else."""
-    return bool({SEED, LEARNING_RATE} & set(keys.split(",")))
 
 
 @dataclass(frozen=True)
