@@ -44,7 +44,7 @@ def report(config: DictConfig) -> Path:
                 f"nothing to report below {root}: python src/sweep.py sweep=results/R3 runs a sweep, python src/train.py a single "
                 f"model{unread}"
             )
-        path = write_report(sweeps, Path(plain["output"]), runs, problems, told)
+        path = write_report(sweeps, Path(plain["output"]), runs, problems, told, plain["pictures"])
     for sweep in sweeps:
         done = sum(cell.runs for cell in sweep.cells)
         say(console, f"{identity(sweep)}: {sweep.outcome}, {done} of {len(sweep.rows)} runs finished; {sweep.plan['title']}")
@@ -93,10 +93,14 @@ def checked(config: DictConfig) -> dict[str, Any]:
     plain = to_plain(config)
     if not isinstance(plain["sweeps"], list) or not all(isinstance(name, str) for name in plain["sweeps"]):
         raise ConfigError(f"sweeps={plain['sweeps']!r}: a list of names, [results/R3]")
-    if not isinstance(plain["runs"], bool):
-        raise ConfigError(f"runs={plain['runs']!r}: true or false")
+    plain.setdefault("pictures", False)
+    for key in ("runs", "pictures"):
+        if not isinstance(plain[key], bool):
+            raise ConfigError(f"{key}={plain[key]!r}: true or false")
     if not plain["output"] or not isinstance(plain["output"], str):
         raise ConfigError(f"output={plain['output']!r}: a folder")
+    if (other := plain["paths"].get("output_dir", plain["output"])) != plain["output"]:
+        raise ConfigError(f"paths.output_dir={other}: the folder of a report is output=, as in output={other}")
     return plain
 
 

@@ -26,7 +26,7 @@ from src.reporting.exports import export_tables, slugs, write_csv
 from src.reporting.figures import Figure
 from src.reporting.leaderboard import leaderboards
 from src.reporting.palette import THEMES, looks, on_scale, scale
-from src.reporting.pictures import draw_pictures
+from src.reporting.pictures import draw_pictures, panels_of
 from src.reporting.published import beside
 from src.reporting.results import SweepResults
 from src.reporting.runs import Run, run_line
@@ -36,6 +36,7 @@ from src.reporting.wording import BEST, MEAN, duration, identity, known, number,
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_TEXT = 300  # characters of a name
+MOST_PANELS = 90  # of the PNG figures of a sweep, and three times as many of all, unless all are asked for: twenty are a second
 SHOWN_METRICS = ("test/accuracy", "test/bits_per_parameter", "test/bits_per_byte", "test/loss", "val/loss")
 
 
@@ -48,6 +49,7 @@ def write_report(
     runs: Sequence[Run] = (),
     problems: list[tuple[str, str]] | None = None,
     told: Told = lambda words: None,
+    pictures: bool = False,
 ) -> Path:
     """Writes the page and its twins.
 
@@ -57,6 +59,7 @@ def write_report(
         runs: outside of sweeps, for a plain table.
         problems: files that could not be read, and why; the page lists them, and gets to this list what turns up while it is written.
         told: hears what is being done, every now and then.
+        pictures: draw every figure as PNG, of large sweeps too, which takes minutes.
 
     Returns:
         Path of ``index.html``.
@@ -64,7 +67,7 @@ def write_report(
     problems = [] if problems is None else problems
     _read(sweeps, told)
     tables = [SweepTables(sweep) for sweep in sweeps]
-    page = _Page(folder, tables)
+    page = _Page(folder, tables, math.inf if pictures else MOST_PANELS)
     sections = []
     for table in tables:
         told(f"drawing {identity(table.sweep)}, {len(sections) + 1} of {len(tables)}")
@@ -105,8 +108,9 @@ def unreadable(problems: Sequence[tuple[str, str]], folder: Path) -> list[tuple[
 class _Page:
     """Collects what the sections of sweeps put on the page."""
 
-    def __init__(self, folder: Path, tables: Sequence[SweepTables]):
+    def __init__(self, folder: Path, tables: Sequence[SweepTables], most_panels: float):
         self.folder = folder
+        self.most_panels, self.panels_left = most_panels, 3 * most_panels
         seen = Counter[str]()
         names = []
         for table in tables:  # a sweep may have been copied: both are shown
@@ -117,15 +121,18 @@ class _Page:
         self.tasks = {task: i for i, task in enumerate(dict.fromkeys(task for table in tables for task in table.tasks))}
         self.task_slugs = slugs(self.tasks)
         self.looks = looks(table.variants for table in tables)
-        self.figures: dict[str, Figure] = {}
-        self.cells: dict[str, list[dict[str, Any]]] = {}
+        self.figures: dict[str, str] = {}  # as JSON: their numbers as objects would fill the memory
+        self.cells: dict[str, str] = {}
 
     def section(self, tables: SweepTables) -> dict[str, Any]:
         """Writes the files of a sweep; returns what the template shows of it."""
         slug = self.slugs[tables]
         published = beside(tables)
         names = export_tables(tables, published[0], slug, self.folder / "tables")
-        pictures = draw_pictures(tables, self.looks, slug, self.task_slugs, self.folder / "figures")
+        panels = panels_of(tables)
+        grids = panels <= min(self.most_panels, self.panels_left)
+        self.panels_left -= panels if grids else 0
+        pictures = draw_pictures(tables, self.looks, slug, self.task_slugs, self.folder / "figures", grids)
         files = {kind: _links("tables", found) for kind, found in names.items()}
         for kind, found in pictures.items():
             section, _, task = kind.partition("/")
@@ -133,15 +140,17 @@ class _Page:
             links = [(text + of_task, address) for text, address in _links("figures", found)]
             files[section] = files.get(section, []) + links
         section = Section(tables, slug, self.tasks, self.looks, files, published, self.add)
-        self.cells[slug] = section.cells()
-        return section.context()
+        self.cells[slug] = embedded(section.cells())
+        found = section.context() | {"without_pictures": not grids}
+        tables.forget_curves()
+        return found
 
     def add(self, figure: Figure | None) -> dict[str, Any] | None:
         """Puts a figure on the page; returns its id there and its height."""
         if figure is None:
             return None
         name = f"figure-{len(self.figures) + 1}"
-        self.figures[name] = figure
+        self.figures[name] = embedded(figure)
         rows = figure.get("rows")
         height = rows["extra"] + rows["height"] * len(rows["ids"]) if rows else figure["layout"]["height"]
         return {"id": name, "height": height}
@@ -156,7 +165,8 @@ class _Page:
             theme: [on_scale(theme, i / (len(scales[theme]) - 1))[1] for i in range(len(scales[theme]))]
             for theme in themes
         }
-        data = {"figures": self.figures, "cells": self.cells, "themes": THEMES, "scales": scales, "inks": inks}
+        parts = {"figures": _joined(self.figures), "cells": _joined(self.cells)}
+        parts |= {name: embedded(part) for name, part in (("themes", THEMES), ("scales", scales), ("inks", inks))}
         environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
         return environment.get_template("report.html.j2").render(
             **context,
@@ -171,7 +181,7 @@ class _Page:
             css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
             js=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
             plotly=Markup(get_plotlyjs()),
-            data=embedded(data),
+            data=_joined(parts),
         )
 
 
@@ -246,6 +256,11 @@ def embedded(data: Any) -> Markup:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
+
+
+def _joined(parts: Mapping[str, str]) -> Markup:
+    """An object of parts that are JSON already."""
+    return Markup("{" + ",".join(f"{embedded(name)}:{part}" for name, part in parts.items()) + "}")
 
 
 def _plain(node: Any) -> Any:

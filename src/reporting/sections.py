@@ -10,7 +10,7 @@ from src.reporting import figures
 from src.reporting.figures import COSTS_SHOWN, Figure
 from src.reporting.palette import Look
 from src.reporting.runs import FINISHED, Run
-from src.reporting.tables import MOST_POINTS, Line, Row, SweepTables, of_row
+from src.reporting.tables import Line, Row, SweepTables, of_row
 from src.reporting.wording import (
     MARKS,
     NOTHING,
@@ -116,7 +116,7 @@ class Section:
         found |= {"jobs": [self.job(job) for job in self.tables.jobs], "scores": self.scores()}
         found["unfinished"] = [job for job in found["jobs"] if not job["done"]]
         found |= {"curves": self.curves(), "rates": self.rates(), "groups": self.groups(), "costs": self.costs()}
-        found["thinned"] = any(len(part) >= MOST_POINTS // 2 for part in self._parts_of_curves())
+        found["thinned"] = any(len(part) >= self.tables.most_points // 2 for part in self._parts_of_curves())
         found |= self.differences() | self.matched() | self.beside()
         found |= {"legends": self.legends(), "most_rows": MOST_ROWS}
         empty = {key for key in ("curves", "rates", "groups", "costs", "published") if not found[key]}

@@ -22,6 +22,8 @@ from src.reporting.statistics import Difference, holm
 from src.reporting.wording import half_interval, in_words, known, short_settings
 
 MOST_POINTS = 300  # of a curve; beyond that, neighbouring steps are averaged
+FEWEST_POINTS = 60  # to which that goes down where there are so many curves that the page would be too large
+ALL_POINTS = 60_000  # of all curves of a sweep
 RATE_KEYS = ("task", "setting", "variant", "learning_rate")
 GROUP = re.compile(r"test/accuracy/([A-Za-z_]+)(\d+)\+?")  # hop4, depth6+
 
@@ -189,13 +191,23 @@ class SweepTables:
     def curves(self) -> Table:
         """Training loss and the validation metric over steps at the best learning rate: mean, lowest and highest of the seeds."""
         found = Table()
+        most = self.most_points
         for (row, variant), cell in self.cells.items():
             quantities = list(dict.fromkeys(("train/loss", self.sweep.plan["selections"][row.task])))
             curves = [run.curves(quantities) for run in self.runs_of(cell)]
             for quantity in quantities:
                 head = {"task": row.task, "setting": row.setting, "variant": variant, "quantity": quantity}
-                found += [head | point for point in _band([curve[quantity] for curve in curves])]
+                found += [head | point for point in _band([curve[quantity] for curve in curves], most)]
         return found
+
+    @property
+    def most_points(self) -> int:
+        """Of a curve, so that all of them together are not too many."""
+        return min(max(ALL_POINTS // (2 * len(self.cells) or 1), FEWEST_POINTS), MOST_POINTS)
+
+    def forget_curves(self) -> None:
+        """Gives back what most of the memory is for."""
+        self.__dict__.pop("curves", None)
 
     @cached_property
     def groups(self) -> Table:
@@ -282,7 +294,7 @@ def of_row(lines: list[Line], row: Row, variant: str | None = None) -> list[Line
     ]
 
 
-def _band(curves: list[dict[int, float]]) -> list[Line]:
+def _band(curves: list[dict[int, float]], most: int = MOST_POINTS) -> list[Line]:
     """Mean, lowest and highest over the curves, at the steps that all of them have (or any, if there is none that all have)."""
     common = set(curves[0]).intersection(*curves[1:]) if curves else set()
     places = sorted(common or set().union(*curves))
@@ -290,7 +302,7 @@ def _band(curves: list[dict[int, float]]) -> list[Line]:
         return []
     values = np.array([[curve.get(step, math.nan) for curve in curves] for step in places], dtype=float)
     steps = np.array(places, dtype=float)
-    every = -(-len(steps) // MOST_POINTS)
+    every = -(-len(steps) // most)
     found = []
     for start in range(0, len(steps), every):
         part = values[start : start + every]
