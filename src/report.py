@@ -23,7 +23,6 @@ from src.reporting.page import write_report  # noqa: E402
 from src.reporting.results import UNVALIDATED, SweepResults, find_sweeps, outside_of  # noqa: E402
 from src.reporting.wording import identity  # noqa: E402
 
-
 MOST_NAMED = 20  # files that could not be read, on the console; the page lists all
 
 

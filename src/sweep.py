@@ -20,11 +20,12 @@ from rich.console import Console  # noqa: E402
 from src.build import CONFIG_DIR  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
 from src.entry import entrypoint, fail  # noqa: E402
+from src.overrides import as_override, quoted  # noqa: E402
 from src.reporting.results import SweepResults, write_manifest  # noqa: E402
 from src.sweeps.cost import duration, estimates, print_jobs, print_matched, print_plan  # noqa: E402
 from src.sweeps.jobs import is_finished  # noqa: E402
 from src.sweeps.local import Local  # noqa: E402
-from src.sweeps.plan import Job, Sweep, as_override, quoted  # noqa: E402
+from src.sweeps.plan import Job, Sweep  # noqa: E402
 from src.sweeps.progress import Progress  # noqa: E402
 from src.sweeps.search import Search, write_trials  # noqa: E402
 

@@ -16,12 +16,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from src.files import part_of
 from src.reporting.exports import export_tables, slugs, write_csv
 from src.reporting.figures import Figure
 from src.reporting.leaderboard import leaderboards
@@ -84,8 +86,7 @@ def write_report(
     context["unreadable"] = unreadable(problems, folder)
     path = folder / "index.html"
     folder.mkdir(parents=True, exist_ok=True)
-    # Names of folders may hold what is no text.
-    path.write_bytes(page.render(context).encode("utf-8", errors="backslashreplace"))
+    page.write(context, path)
     return path
 
 
@@ -155,10 +156,8 @@ class _Page:
         height = rows["extra"] + rows["height"] * len(rows["ids"]) if rows else figure["layout"]["height"]
         return {"id": name, "height": height}
 
-    def render(self, context: Mapping[str, Any]) -> str:
-        """The HTML."""
-        from plotly.offline import get_plotlyjs
-
+    def write(self, context: Mapping[str, Any], path: Path) -> None:
+        """Writes the HTML, piece by piece: as one text it would take several times its size of memory."""
         themes = tuple(THEMES)
         scales = {theme: scale(theme) for theme in themes}
         inks = {
@@ -168,7 +167,7 @@ class _Page:
         parts = {"figures": _joined(self.figures), "cells": _joined(self.cells)}
         parts |= {name: embedded(part) for name, part in (("themes", THEMES), ("scales", scales), ("inks", inks))}
         environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
-        return environment.get_template("report.html.j2").render(
+        pieces = environment.get_template("report.html.j2").stream(
             **context,
             **headline(context["sweeps"]),
             tasks=list(self.tasks),
@@ -180,9 +179,22 @@ class _Page:
             when=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
             css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
             js=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
-            plotly=Markup(get_plotlyjs()),
+            plotly=Markup(plotly_js()),
             data=_joined(parts),
         )
+        pieces.enable_buffering(1000)
+        part = part_of(path)
+        # Names of folders may hold what is no text.
+        pieces.dump(str(part), "utf-8", "backslashreplace")
+        part.replace(path)
+
+
+def plotly_js() -> str:
+    """The script that draws; importing plotly for it would take 50 MB."""
+    found = find_spec("plotly")
+    assert found is not None
+    assert found.origin is not None
+    return (Path(found.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
 def headline(sections: Sequence[Mapping[str, Any]]) -> dict[str, str]:

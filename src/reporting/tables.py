@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.reporting.runs import COSTS, Run
 from src.reporting.results import Cell, SweepResults, compare
+from src.reporting.runs import COSTS, Run
 from src.reporting.statistics import Difference, holm
 from src.reporting.wording import half_interval, in_words, known, short_settings
 

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -37,9 +35,9 @@ from src.build import CONFIG_DIR, check_measured, compose_config, swept_over
 from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.matching import match_model
-from src.overrides import first_misspelt_key
+from src.overrides import as_override, first_misspelt_key, literal, quoted
 from src.run import checked
-from src.sweeps.statements import LEARNING_RATE, SEED, Match, Statement, is_repetition
+from src.sweeps.statements import SEED, Match, Statement, is_repetition
 
 RECIPE = "recipe"
 SMALLEST = "smoke"
@@ -335,7 +333,7 @@ def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[st
     try:
         config = copy.deepcopy(_composed((*overrides, *groups)))
         for key in values.keys() - chosen:
-            OmegaConf.update(config, key, values[key], merge=False)
+            OmegaConf.update(config, key, literal(values[key]), merge=False)
     except (HydraException, OmegaConfBaseException) as error:
         own = [*overrides, *groups, *(f"{key}={as_override(values[key])}" for key in sorted(values.keys() - chosen))]
         raise ConfigError(first_misspelt_key("train", own) or str(error).splitlines()[0]) from error
@@ -365,21 +363,3 @@ def _read(kind: type[Any], item: Any) -> Any:
         raise ConfigError(
             f"sweep, {kind.__name__.lower()} {item}: {where}: {problem['msg']}; there are: {', '.join(kind.__dataclass_fields__)}"
         ) from None
-
-
-def quoted(word: str) -> str:
-    """A word as a shell takes it: ``"canon.positions=''"`` is easier to read than what shlex makes of it."""
-    return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
-
-
-def as_override(value: Any) -> str:
-    """A value as Hydra's override grammar writes it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return "[" + ",".join(as_override(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and not re.fullmatch(r"[\w./+-]+", value):
-        return "'" + value.replace("'", "\\'") + "'"
-    return str(value)
