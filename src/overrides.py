@@ -22,6 +22,8 @@ from src.config import ConfigError, resolve_target, suggest
 def as_override(value: Any) -> str:
     """A value as Hydra's override grammar writes it, so that composing gives it back: any text, whatever is in it.
 
+    Only ``1e-3`` is written as the number that everybody means by it: YAML 1.1 reads it as text, for want of a point.
+
     Raises:
         ConfigError: a mapping has a key that the grammar has no way to write.
     """
@@ -54,6 +56,8 @@ def quoted(word: str) -> str:
 @lru_cache(maxsize=4096)
 def _is_plain(text: str) -> bool:
     """Whether a word needs no quotes: it has nothing special in it, and is read as text and not as a number, true or null."""
+    if re.fullmatch(r"[+-]?[0-9]+[eE][+-]?[0-9]+", text):
+        return True
     if not re.fullmatch(r"[A-Za-z0-9_./+-]+", text):
         return False
     try:

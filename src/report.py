@@ -46,7 +46,10 @@ def report(config: DictConfig) -> Path:
         path = write_report(sweeps, Path(plain["output"]), runs, problems, told, plain["pictures"])
     for sweep in sweeps:
         done = sum(cell.runs for cell in sweep.cells)
-        say(console, f"{identity(sweep)}: {sweep.outcome}, {done} of {len(sweep.rows)} runs finished; {sweep.plan['title']}")
+        say(
+            console,
+            f"{identity(sweep)}: {sweep.outcome}, {done} of {len(sweep.rows)} runs finished; {sweep.plan['title']}",
+        )
         without = sum(row["status"] == UNVALIDATED for row in sweep.rows)
         if without:
             say(console, f"  {without} of its runs are without a validation, and count nowhere; the page says why")

@@ -21,6 +21,7 @@ from src.build import CONFIG_DIR  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
 from src.entry import entrypoint, fail  # noqa: E402
 from src.overrides import as_override, quoted  # noqa: E402
+from src.reporting.console import Telling  # noqa: E402
 from src.reporting.results import SweepResults, write_manifest  # noqa: E402
 from src.sweeps.cost import duration, estimates, print_jobs, print_matched, print_plan  # noqa: E402
 from src.sweeps.jobs import is_finished  # noqa: E402
@@ -41,9 +42,9 @@ def sweep(config: DictConfig) -> None:
         return
     planned = described.at(plain["scale"]).along(plain["axes"] or {})
     scale = plain["scale"] if described.scales else ""
-    with Console().status("planning"):
-        jobs, root = planned.jobs(), Path(plain["jobs_dir"])
-        expected = estimates(jobs, root)
+    with Telling() as told:
+        jobs, root = planned.jobs(told), Path(plain["jobs_dir"])
+        expected = estimates(jobs, root, told)
     command, changes = command_of(plain, str(name), scale)
     # A trial with other values does not take the place of the sweep itself.
     manifest = Path(plain["paths"]["output_dir"]) / changes / "manifest.json"
@@ -55,11 +56,11 @@ def sweep(config: DictConfig) -> None:
         print_jobs(jobs, expected)
         return
     write_manifest(manifest, f"{name}{changes and '+'}{changes}", scale, planned, jobs, root, command)
-    told = Progress(jobs, root, expected, launcher.workers)
+    progress = Progress(jobs, root, expected, launcher.workers)
     try:
-        launcher.run(jobs, root, told)
+        launcher.run(jobs, root, progress)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {told.left()}. The same command goes on", flush=True)
+        print(f"\ninterrupted; {progress.left()}. The same command goes on", flush=True)
         sys.exit(130)
     conclude(manifest, jobs, root, report=plain["report"])
 
@@ -113,7 +114,9 @@ def conclude(manifest: Path, jobs: list[Job], root: Path, report: bool) -> None:
     if report:
         from src.reporting.page import write_report
 
-        print(f"report: {write_report([results], manifest.parent / 'report')}")
+        with Telling() as told:
+            path = write_report([results], manifest.parent / "report", told=told)
+        print(f"report: {path}")
     for job in missing:
         print(
             f"not finished: {job.task}, {job.variant}, {job.settings}; see {job.folder(root) / 'output.log'}",

@@ -148,9 +148,7 @@ def _row_label(tables: SweepTables, row: Row) -> str:
     return "<br>".join(parts)
 
 
-def shares_of(
-    lines: Sequence[Mapping[str, Any]], score: str, uncertainty: float | None = None
-) -> list[float | None]:
+def shares_of(lines: Sequence[Mapping[str, Any]], score: str, uncertainty: float | None = None) -> list[float | None]:
     """Where the cells of a row stand on the colour scale: accuracies by themselves, other scores from worst to best of the row.
 
     The ends of the scale are for a worst and a best that are far apart: by twice the uncertainty of their difference. A smaller difference
@@ -176,9 +174,7 @@ def shares_of(
     distance = abs(best - worst)
     span = distance / max(distance, 2 * uncertainty) if distance else 0.0  # how much of the scale is used
     start, across = (1 - span) / 2, (best - worst) or 1.0
-    return [
-        start + span * (value - worst) / across if value is not None and known(value) else None for value in values
-    ]
+    return [start + span * (value - worst) / across if value is not None and known(value) else None for value in values]
 
 
 def cell_words(line: Mapping[str, Any]) -> str:

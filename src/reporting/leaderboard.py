@@ -31,7 +31,11 @@ def leaderboards(
             runs = tables.runs_of(cell)
             data = {key: value for key, value in (runs[0].results.get("data") or {}).items() if key != "seed"}
             key = (row.task, cell.metric, json.dumps(data, sort_keys=True))
-            line = of_row(tables.scores, row, variant)[0] | {"sweep": identity(tables.sweep), "slug": slug, "data": short_settings(data)}
+            line = of_row(tables.scores, row, variant)[0] | {
+                "sweep": identity(tables.sweep),
+                "slug": slug,
+                "data": short_settings(data),
+            }
             # The same runs may belong to several sweeps: one line for them.
             boards.setdefault(key, {}).setdefault((variant, *sorted(cell.folders.values())), line)
     found = []

@@ -38,7 +38,9 @@ from src.reporting.wording import BEST, MEAN, duration, identity, known, number,
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_TEXT = 300  # characters of a name
-MOST_PANELS = 90  # of the PNG figures of a sweep, and three times as many of all, unless all are asked for: twenty are a second
+MOST_PANELS = (
+    90  # of the PNG figures of a sweep, and three times as many of all, unless all are asked for: twenty are a second
+)
 SHOWN_METRICS = ("test/accuracy", "test/bits_per_parameter", "test/bits_per_byte", "test/loss", "val/loss")
 
 

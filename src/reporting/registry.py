@@ -44,7 +44,18 @@ from src.reporting.runs import (
     runs_table,
 )
 
-__all__ = ["COSTS", "FAILED", "FINISHED", "INTERRUPTED", "LOST", "RUNNING", "Recorded", "Run", "find_runs", "runs_table"]
+__all__ = [
+    "COSTS",
+    "FAILED",
+    "FINISHED",
+    "INTERRUPTED",
+    "LOST",
+    "RUNNING",
+    "Recorded",
+    "Run",
+    "find_runs",
+    "runs_table",
+]
 
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "numba", "triton", "fla-core", "mamba-ssm", "causal-conv1d")
 

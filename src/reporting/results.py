@@ -274,7 +274,12 @@ class SweepResults:
         ]
         outcome, reason, found = INCONCLUSIVE, "runs are missing" + self._missing(statement, task), None
         best = None
-        remarks = [f"{cell.variant}{_words(cell.others)}: {remark}" for side in sides for cell in side for remark in cell.remarks]
+        remarks = [
+            f"{cell.variant}{_words(cell.others)}: {remark}"
+            for side in sides
+            for cell in side
+            for remark in cell.remarks
+        ]
         if all(sides):
             found = compare(*sides)
             best = _best(sides[0]) - _best(sides[1])

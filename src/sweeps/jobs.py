@@ -43,7 +43,9 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
     """
     folder = job.folder(root)
     if "${" in str(folder):
-        raise ConfigError(f"{folder}: Hydra takes ${{ in the name of a folder for an interpolation; choose another jobs_dir=")
+        raise ConfigError(
+            f"{folder}: Hydra takes ${{ in the name of a folder for an interpolation; choose another jobs_dir="
+        )
     # Hydra sets the second key from the first, and would take an interpolation in the name of a folder for one.
     where = [f"{key}={as_override(str(folder))}" for key in ("hydra.run.dir", "paths.output_dir")]
     command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, *where]

@@ -16,18 +16,15 @@ Jobs of the same configuration are the same job: what one sweep has run, another
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Transformer
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
@@ -35,8 +32,9 @@ from src.build import CONFIG_DIR, check_measured, compose_config, swept_over
 from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.matching import match_model
-from src.overrides import as_override, first_misspelt_key, literal, quoted
+from src.overrides import as_override, first_misspelt_key, quoted
 from src.run import checked
+from src.sweeps.compositions import Composer
 from src.sweeps.statements import SEED, Match, Statement, is_repetition
 
 RECIPE = "recipe"
@@ -229,19 +227,29 @@ class Sweep:
         """By what the learning rate is chosen: never by the test set."""
         return self.select or self.metric_of(task).replace("test/", "val/", 1)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self, told: Callable[[str], object] = lambda words: None) -> list[Job]:
         """Every combination, in the order in which it is worth running: seeds come last, so that each is a whole comparison.
+
+        Args:
+            told: hears now and then how far it is.
 
         Raises:
             ConfigError: one of them cannot be; the message names it.
         """
+        with Composer() as composer:
+            return self._jobs(composer, told)
+
+    def _jobs(self, composer: Composer, told: Callable[[str], object]) -> list[Job]:
         found: dict[str, Job] = {}
         tried: set[str] = set()  # tasks and variants that have been held against all signatures
         matched: dict[str, list[str]] = {}
-        for task, variant, settings in self._combinations():
+        combinations = self._combinations()
+        for number, (task, variant, settings) in enumerate(combinations, start=1):
+            told(f"planning, {number:,} of {len(combinations):,} jobs")
             try:
                 overrides = self._overrides(task, variant) + self._matched(task, variant, settings, matched)
-                job = job_of(task, variant, settings, overrides, thorough=not {task, variant} <= tried)
+                thorough = not {task, variant} <= tried
+                job = job_of(task, variant, settings, overrides, thorough=thorough, composer=composer)
             except ConfigError as error:
                 raise ConfigError(f"{task}, {variant}, {settings}: {error}") from error
             if task not in tried:
@@ -316,7 +324,15 @@ class Sweep:
         return known[name]
 
 
-def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[str], *, thorough: bool = True) -> Job:
+def job_of(
+    task: str,
+    variant: str,
+    settings: dict[str, Any],
+    overrides: list[str],
+    *,
+    thorough: bool = True,
+    composer: Composer | None = None,
+) -> Job:
     """The job that these overrides, and then the settings, describe.
 
     Args:
@@ -325,27 +341,26 @@ def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[st
         settings: configuration key -> value.
         overrides: of everything else.
         thorough: hold the configuration against all signatures, and build its model without memory; else it is only resolved.
+        composer: of a plan with many jobs.
     """
+    if composer is None:
+        with Composer() as alone:
+            return job_of(task, variant, settings, overrides, thorough=thorough, composer=alone)
     values = {key: value for keys, value in settings.items() for key in keys.split(",")}
     chosen = {key for key in values if (CONFIG_DIR / key).is_dir()}
     groups = [f"{key}={as_override(values[key])}" for key in sorted(chosen)]
-    # Composing takes a tenth of a second, a copy a hundredth: thousands of jobs differ in seeds and rates alone.
+    # A folder that is the same for all: where a job is run does not belong to its configuration.
+    base = (*overrides, *groups, "paths.output_dir=here")
+    own_values = {key: value for key, value in values.items() if key not in chosen}
     try:
-        config = copy.deepcopy(_composed((*overrides, *groups)))
-        for key in values.keys() - chosen:
-            OmegaConf.update(config, key, literal(values[key]), merge=False)
+        config = composer.with_values(base, own_values) if thorough else None
+        plain = composer.resolved(base, own_values) if config is None else {}
     except (HydraException, OmegaConfBaseException) as error:
         own = [*overrides, *groups, *(f"{key}={as_override(values[key])}" for key in sorted(values.keys() - chosen))]
         raise ConfigError(first_misspelt_key("train", own) or str(error).splitlines()[0]) from error
-    plain = checked(config) if thorough else {k: v for k, v in to_plain(config).items() if k != "compare"}
+    plain = {key: value for key, value in plain.items() if key != "compare"} if config is None else checked(config)
     own = [f"{key}={as_override(value)}" for key, value in values.items()]
     return Job(task, variant, settings, [*overrides, *own], plain, experiment_hash(plain))
-
-
-@lru_cache(maxsize=64)
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    # A folder that is the same for all: where a job is run does not belong to its configuration.
-    return compose_config([*overrides, "paths.output_dir=here"])
 
 
 def _read(kind: type[Any], item: Any) -> Any:
