@@ -61,7 +61,7 @@ class Results(TypedDict, total=False):
     """results.json. A metric may be infinite or no number: so ends a run that diverges."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
-    metrics: Required[dict[str, float]]
+    metrics: Required[Annotated[dict[str, float], Field(max_length=5000)]]
     seconds: Required[Amount]
     config_hash: str | None
     data: dict[str, Any] | None
