@@ -22,6 +22,7 @@ from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: 
 from src.entry import entrypoint, fail  # noqa: E402
 from src.overrides import as_override, quoted  # noqa: E402
 from src.reporting.console import Telling  # noqa: E402
+from src.reporting.foreign import Unreadable, read_yaml  # noqa: E402
 from src.reporting.results import SweepResults, write_manifest  # noqa: E402
 from src.sweeps.cost import duration, estimates, print_jobs, print_matched, print_plan  # noqa: E402
 from src.sweeps.jobs import is_finished  # noqa: E402
@@ -35,12 +36,13 @@ def sweep(config: DictConfig) -> None:
     """Plans, runs what is missing, and says what it shows."""
     plain = to_plain(config)
     name = HydraConfig.get().runtime.choices.get("sweep")
+    check_values(plain)
     launcher = instantiate(plain["launcher"], "launcher")
-    described: Sweep | Search = instantiate(plain["sweep"] | {"overrides": plain["overrides"]}, "sweep")
+    described = read(plain, str(name))
     if isinstance(described, Search):
         search(described, plain, launcher)
         return
-    planned = described.at(plain["scale"]).along(plain["axes"] or {})
+    planned = at_scale(described, plain["scale"], str(name)).along(plain["axes"] or {})
     scale = plain["scale"] if described.scales else ""
     with Telling() as told:
         jobs, root = planned.jobs(told), Path(plain["jobs_dir"])
@@ -63,6 +65,57 @@ def sweep(config: DictConfig) -> None:
         print(f"\ninterrupted; {progress.left()}. The same command goes on", flush=True)
         sys.exit(130)
     conclude(manifest, jobs, root, report=plain["report"])
+
+
+def check_values(plain: dict[str, Any]) -> None:
+    """Raises a ConfigError for values of the command line that are of another kind than what they are for."""
+    for key in ("dry_run", "report"):
+        if not isinstance(plain[key], bool):
+            raise ConfigError(f"{key}={plain[key]!r}: true or false")
+    for key in ("scale", "jobs_dir"):
+        if not isinstance(plain[key], str) or not plain[key]:
+            raise ConfigError(f"{key}={plain[key]!r}: a {'folder' if key == 'jobs_dir' else 'name'}")
+    if not isinstance(plain["overrides"], list) or not all(isinstance(text, str) for text in plain["overrides"]):
+        raise ConfigError(f"""overrides={plain["overrides"]!r}: a list of texts, 'overrides=["seed=1"]'""")
+    if not isinstance(plain["axes"], dict | None):
+        raise ConfigError(f"axes={plain['axes']!r}: a mapping, 'axes={{seed: [1, 2]}}'")
+    if not isinstance(plain["sweep"], dict) or "_target_" not in plain["sweep"]:
+        raise ConfigError("sweep: no sweep; its file begins with defaults: [/sweep/base@_here_, _self_]")
+
+
+def read(plain: dict[str, Any], name: str) -> Sweep | Search:
+    """What the file of a sweep describes; mistakes in it name the file."""
+    if not isinstance(plain["sweep"].get("overrides", []), list):
+        raise ConfigError(f"{_file(name)}: sweep.overrides: a list of texts")
+    try:
+        return instantiate(plain["sweep"] | {"overrides": plain["overrides"]}, "sweep")
+    except ConfigError as error:
+        raise ConfigError(f"{_file(name)}: {error}") from error
+
+
+def at_scale(described: Sweep, scale: str, name: str) -> Sweep:
+    """At one of its scales; mistakes in what the file says of it name the file."""
+    try:
+        return described.at(scale)
+    except ConfigError as error:
+        if str(error).startswith(("sweep.", "at scale")):
+            raise ConfigError(f"{_file(name)}: {error}") from error
+        raise
+
+
+def _file(name: str) -> str:
+    return f"configs/sweep/{name}.yaml"
+
+
+def check_file(arguments: list[str]) -> None:
+    """Ends in one message for the file of a sweep that is no YAML, or no mapping: Hydra would end in a traceback."""
+    for argument in arguments:
+        path = CONFIG_DIR / "sweep" / f"{argument.removeprefix('sweep=')}.yaml"
+        if argument.startswith("sweep=") and path.is_file():
+            try:
+                read_yaml(path)
+            except Unreadable as error:
+                fail(f"{path}: {error}")
 
 
 def command_of(plain: dict[str, Any], name: str, scale: str) -> tuple[str, str]:
@@ -143,4 +196,5 @@ if __name__ == "__main__":
         folder = CONFIG_DIR / "sweep"
         there = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
         fail(f"sweep=: which one? There are: {', '.join(name for name in there if name != 'base')}")
+    check_file(sys.argv[1:])
     entrypoint("sweep", sweep)

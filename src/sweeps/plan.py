@@ -35,6 +35,7 @@ from src.matching import match_model
 from src.overrides import as_override, first_misspelt_key, quoted
 from src.run import checked
 from src.sweeps.compositions import Composer
+from src.sweeps.kinds import check_kinds, check_texts
 from src.sweeps.statements import SEED, Match, Statement, is_repetition
 
 RECIPE = "recipe"
@@ -126,6 +127,7 @@ class Sweep:
     note: str | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         # YAML has mappings where these have classes.
         object.__setattr__(self, "expect", [_read(Statement, item) for item in self.expect])
         object.__setattr__(self, "match", None if self.match is None else _read(Match, self.match))
@@ -154,20 +156,31 @@ class Sweep:
         for key in changes:
             if key not in known:
                 raise ConfigError(f"sweep.scales.{scale}.{key}: no such key; {suggest(key, known)}")
+        check_texts(f"sweep.scales.{scale}.base", changes.get("base", []), "overrides, [seed=1, model=gla]")
         changes["base"] = [*self.base, *changes.get("base", [])]
-        return replace(self, **changes, scales={}).checked()
+        try:
+            return replace(self, **changes, scales={}).checked()
+        except ConfigError as error:
+            raise ConfigError(f"at scale {scale}: {error}") from error
 
-    def along(self, axes: Mapping[str, list[Any]]) -> Sweep:
+    def along(self, axes: Mapping[str, list[Any] | str]) -> Sweep:
         """With other values for some of its axes, each named by one of its keys.
 
         Raises:
             ConfigError: there is no such axis.
         """
         changed = dict(self.axes)
+        if not isinstance(axes, Mapping):
+            raise ConfigError(f"axes={axes!r}: a mapping, as in 'axes={{seed: [1, 2]}}'")
         for name, values in axes.items():
+            if not self.axes:
+                raise ConfigError(
+                    f"axes.{name}: this sweep has no axes, every combination is run once; give a value to all of its jobs with "
+                    f"'overrides=[\"{name}=...\"]'"
+                )
             keys = next((keys for keys in self.axes if name == keys or name in keys.split(",")), None)
             if keys is None:
-                raise ConfigError(f"axes.{name}: this sweep has no such axis; {suggest(name, self.axes)}")
+                raise ConfigError(f"axes.{name}: this sweep has no such axis; {suggest(str(name), self.axes)}")
             changed[keys] = values
         return replace(self, axes=changed).checked()
 
