@@ -100,9 +100,9 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path, name, kind):
     }[kind]()
     problems: list[tuple[str, str]] = []
     write_report(find_sweeps(tmp_path), tmp_path / "out", find_runs(tmp_path / "logs"), problems)
-    assert {(Path(where).name, what.partition(":")[0]) for where, what in problems} == {(folder.resolve().name, name)} or (
-        name == "csv/metrics.csv" and problems
-    )
+    assert {(Path(where).name, what.partition(":")[0]) for where, what in problems} == {
+        (folder.resolve().name, name)
+    } or (name == "csv/metrics.csv" and problems)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -148,7 +148,9 @@ def test_odd_jobs_leave_the_sweep_out_and_name_it(tmp_path, capsys):
 
 def test_a_folder_outside_is_at_most_read_as_a_run(tmp_path):
     """It counts only if it says that it is this job."""
-    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("A", "B"), rates=(1e-3,), seeds=(1, 2), unfinished=0, failed=0)
+    sweep = make_sweep(
+        tmp_path, tasks=("Depo",), variants=("A", "B"), rates=(1e-3,), seeds=(1, 2), unfinished=0, failed=0
+    )
     plan = json.loads(sweep.path.read_text())
     plan["jobs"][0]["folder"], plan["jobs"][1]["folder"] = "/etc", "../" * 40 + "proc/self"
     plan["jobs"][2]["folder"] = plan["jobs"][3]["folder"]
@@ -172,7 +174,22 @@ def test_names_that_are_no_text_are_shown_all_the_same(tmp_path, capsys):
 def test_mutated_files_end_no_report(tmp_path):
     """Bytes are changed, cut and repeated; values are replaced by values of other kinds."""
     rng = random.Random(0)
-    odd = [None, True, -1, 10**30, 1e308, float("nan"), float("inf"), "", "x" * 300, [], [1], {}, {"a": [None]}, "\ud800"]
+    odd = [
+        None,
+        True,
+        -1,
+        10**30,
+        1e308,
+        float("nan"),
+        float("inf"),
+        "",
+        "x" * 300,
+        [],
+        [1],
+        {},
+        {"a": [None]},
+        "\ud800",
+    ]
     sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("A", "B"), rates=(1e-3, 2e-3), seeds=(1, 2), unfinished=0)
     plain_run(tmp_path / "logs" / "one")
     files = [p for p in (tmp_path / "logs").rglob("*") if p.suffix in (".json", ".yaml", ".csv")]
