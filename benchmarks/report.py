@@ -2,8 +2,8 @@
 
     python benchmarks/report.py --runs 2000 10000 --out benchmarks/results/report.json
 
-The runs are made up, and as large as real ones: a whole configuration, run.json, results.json and some hundred rows of metrics. ``outside``:
-none belongs to a sweep; ``sweeps``: all are jobs of sweeps with four variants, three learning rates and three seeds. Each report is
+The runs are made up, and as large as real ones: a whole configuration, run.json, results.json and some hundred rows of metrics.
+``outside``: none belongs to a sweep; ``sweeps``: all are jobs of sweeps with four variants, three learning rates and three seeds. Each report is
 written by a process of its own, so that its peak is its own.
 """
 

@@ -14,8 +14,8 @@ hundred times as much. A comparison is fair under a budget that it names:
 *Width* scales all widths of the section ``size`` by one factor: every key there whose name ends in ``dim``. What the published sizes do
 not scale with the width stays: the numbers of heads, and Mamba2's state width. The number of heads leaves only certain widths (rotary heads
 must be even, GLA halves its keys): those that the constructors take, and with which a few tokens get through the model. Where even
-the closest of them is off by more than 5%, as with many heads, and the feed-forward can make up for it with 2/3 to 3/2 of its width, then it
-does.
+the closest of them is off by more than 5%, as with many heads, and the feed-forward can make up for it with 2/3 to 3/2 of its width,
+then it does.
 
 *Depth* changes ``size.depth`` alone, in whole blocks.
 
@@ -212,7 +212,7 @@ class _Trial:
 
 def _why_it_does_not_run(config: DictConfig, settings: dict[str, int]) -> str | None:
     model = _model_config(config, settings) | {"vocab_size": 2}
-    model["depth"] = min(model["depth"], len(model.get("pattern") or "x"))
+    model["depth"] = min(model["depth"], len(str(model.get("pattern") or "x")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if model_from_config(model, "meta").count_parameters() > LARGEST_TRIAL:

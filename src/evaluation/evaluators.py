@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from src.components.backbone import Backbone
-from src.evaluation.names import lower_is_better as lower_is_better
+from src.evaluation.names import lower_is_better  # noqa: F401 (a name that others import from here)
 
 
 class Evaluator(Metric):

@@ -1,7 +1,7 @@
 """Reads files that somebody else may have written, changed or damaged: the one door for records of runs, configurations and manifests.
 
-Only regular files are opened, up to a size; JSON and YAML are plain data, of bounded depth, and have the shape that a schema says. Whatever is
-wrong ends in an ``Unreadable`` whose message says what, never in another exception, an endless wait or a full memory.
+Only regular files are opened, up to a size; JSON and YAML are plain data, of bounded depth, and have the shape that a schema says. Whatever
+is wrong ends in an ``Unreadable`` whose message says what, never in another exception, an endless wait or a full memory.
 """
 
 from __future__ import annotations

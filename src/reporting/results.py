@@ -32,8 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.evaluation.names import lower_is_better
 from src.reporting.foreign import Unreadable, clean_text
-from src.reporting.manifest import read_manifest
-from src.reporting.manifest import write_manifest as write_manifest
+from src.reporting.manifest import read_manifest, write_manifest  # noqa: F401 (the second for others)
 from src.reporting.runs import COSTS, FINISHED, UNREADABLE, Run, find, find_runs
 from src.reporting.statistics import Difference, Interval, difference, student_interval
 from src.sweeps.statements import Statement, is_repetition

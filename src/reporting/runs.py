@@ -57,7 +57,7 @@ class Run:
     @cached_property
     def record(self) -> dict[str, Any]:
         """run.json."""
-        return self._read("run.json", lambda path: read_record(path))
+        return self._read("run.json", read_record)
 
     @cached_property
     def results(self) -> dict[str, Any]:

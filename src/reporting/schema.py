@@ -1,15 +1,15 @@
 """The shape of what runs and sweeps leave behind, as ``foreign.py`` holds files against it.
 
-Keys that are not named here are left as they are, and most may be missing: earlier versions wrote fewer, later ones may write more. A key that is
-there must be of its kind, because a number that somebody has turned into a word, or a list into a mapping, is no record any more.
+Keys that are not named here are left as they are, and most may be missing: earlier versions wrote fewer, later ones may write more. A key
+that is there must be of its kind, because a number that somebody has turned into a word, or a list into a mapping, is no record any more.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired, Required
 
 from pydantic import ConfigDict, Field, TypeAdapter
-from typing_extensions import NotRequired, Required, TypedDict
+from typing_extensions import TypedDict  # that of typing is not enough for pydantic before Python 3.12
 
 _OPEN = ConfigDict(strict=True, extra="allow")
 _ONLY = ConfigDict(strict=True, extra="ignore")

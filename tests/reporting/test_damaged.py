@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -94,7 +93,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path, name, kind):
     path.unlink()
     {
         "pipe": lambda: os.mkfifo(path),
-        "folder": lambda: path.mkdir(),
+        "folder": path.mkdir,
         "circle": lambda: path.symlink_to(path),
         "device": lambda: path.symlink_to("/dev/zero"),
     }[kind]()
@@ -163,7 +162,7 @@ def test_a_folder_outside_is_at_most_read_as_a_run(tmp_path):
 def test_names_that_are_no_text_are_shown_all_the_same(tmp_path, capsys):
     plain_run(tmp_path / "logs" / "one")
     odd = os.fsencode(tmp_path / "logs") + b"/odd\xff\x1b[31m"
-    shutil.move(tmp_path / "logs" / "one", odd)
+    os.rename(os.fsencode(tmp_path / "logs" / "one"), odd)
     path = Path(os.fsdecode(odd)) / "run.json"
     record = json.loads(path.read_text()) | {"status": "failed", "error": "\ud800 \u001b[31mred \x00"}
     path.write_text(json.dumps(record))

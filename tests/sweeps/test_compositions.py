@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,9 @@ def test_jobs_of_the_smoke_scale_are_named_as_their_runs_name_themselves(name):
 @pytest.mark.parametrize("name", ["R3", "R5"])
 def test_jobs_of_the_paper_scale_are_named_as_their_runs_name_themselves(name):
     sweep = described(name, "paper")
-    first_and_last = {
-        kind: {
-            key: getattr(sweep, kind)[key] for key in (list(getattr(sweep, kind))[0], list(getattr(sweep, kind))[-1])
-        }
-        for kind in ("tasks", "variants")
+    parts = {"tasks": sweep.tasks_by_name, "variants": sweep.variants_by_name}
+    first_and_last: dict[str, Any] = {
+        kind: {key: values[key] for key in [*list(values)[:1], *list(values)[-1:]]} for kind, values in parts.items()
     }
     jobs = replace(sweep, **first_and_last, expect=[]).jobs()
     for job in random.Random(1).sample(jobs, 5):

@@ -7,6 +7,7 @@ import pytest
 from src.build import compose_config
 from src.config import ConfigError, to_plain
 from src.sweep import at_scale, check_file, check_values, read, sweep
+from src.sweeps.plan import Sweep
 from src.sweeps.search import Search
 from tests.runs import main
 from tests.sweeps.test_plan import small
@@ -41,14 +42,23 @@ def test_a_part_of_the_wrong_kind_names_file_and_key(plain, key, scale):
     for odd in ODD:
         changed = copy.deepcopy(plain)
         (changed["sweep"]["scales"]["smoke"] if scale else changed["sweep"])[key] = odd
-        try:
-            at_scale(read(changed, "results/R3"), "smoke", "results/R3").along({})
-        except ConfigError as error:
+        if message := refused_with(changed):
             refused += 1
             # Another set of scales may be a right one: then it is the command line that names none of them.
-            assert str(error).startswith(("configs/sweep/results/R3.yaml: ", "scale=smoke: ")), error
-            assert key in str(error), error
-    assert refused or key in ("overrides",)
+            assert message.startswith(("configs/sweep/results/R3.yaml: ", "scale=smoke: ")), message
+            assert key in message
+    assert refused or key == "overrides"
+
+
+def refused_with(plain) -> str:
+    """What is said of a sweep; nothing of one that is taken."""
+    try:
+        described = read(plain, "results/R3")
+        assert isinstance(described, Sweep)
+        at_scale(described, "smoke", "results/R3").along({})
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("text", ["a: [1", "\t- x", "a: 1\na: {", "- a\n", "just words", "", "a: *b\n", "{" * 5000])
