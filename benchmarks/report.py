@@ -3,11 +3,12 @@
     python benchmarks/report.py --runs 2000 10000 --out benchmarks/results/report.json
 
 The runs are made up, and as large as real ones: a whole configuration, run.json, results.json and some hundred rows of metrics.
-``outside``: none belongs to a sweep; ``sweeps``: all are jobs of sweeps with four variants, three learning rates and three seeds. Each report is
-written by a process of its own, so that its peak is its own.
+``outside``: none belongs to a sweep; ``sweeps``: all are jobs of sweeps with four variants, three learning rates and three seeds.
+Each report is written by a process of its own, so that its peak is its own.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -115,7 +116,7 @@ def make_sweep(folder: Path, name: str, runs: int, config: str) -> None:
         rate, place = RATES[place % len(RATES)], place // len(RATES)
         variant, cell = VARIANTS[place % len(VARIANTS)], place // len(VARIANTS)
         task, size = tasks[cell % len(tasks)], f"{8 + cell // len(tasks)}L512D"
-        word = f"{abs(hash((name, number))):012x}"[:12]
+        word = hashlib.sha256(f"{name} {number}".encode()).hexdigest()[:12]
         score = 0.3 + 0.15 * VARIANTS.index(variant) + 0.02 * seed
         make_run(folder / "jobs" / word, word, seed, rate, score, config)
         settings = {"seed,data.seed": seed, "size": size, "optimizer.lr": rate}

@@ -168,6 +168,8 @@ class SweepResults:
         if run.problems:
             status, reason = UNREADABLE, "; ".join(run.problems)
         others = {key: value for key, value in job["settings"].items() if not is_repetition(key)}
+        costs = {key: run.results.get(key) if done else None for key in COSTS}
+        run.slim()
         return {
             "job": job["name"],
             "task": job["task"],
@@ -181,7 +183,7 @@ class SweepResults:
             "selection": metrics.get(self.plan["selections"][job["task"]]),
             "folder": folder,
             "command": job["command"],
-        } | {key: run.results.get(key) if done else None for key in COSTS}
+        } | costs
 
     def _leave_out_what_was_not_validated(self, cell: list[dict[str, Any]]) -> None:
         """To choose among several learning rates, a run without a validation could only be judged by the test set."""

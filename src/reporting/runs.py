@@ -40,6 +40,11 @@ COSTS = (
 )
 
 
+# What a report of sweeps shows of a run besides its costs.
+KEPT_OF_RECORD = {"status", "config_hash", "seconds", "host", "pid", "error", "git", "environment", "earlier"}
+KEPT_OF_RESULTS = {"metrics", "config_hash", "data", "chance", *COSTS}
+
+
 class Run:
     """A run's folder, read when asked. A file that is not what was written reads as missing, and ``problems`` names it.
 
@@ -113,6 +118,12 @@ class Run:
         except (Unreadable, csv.Error, UnicodeDecodeError, MemoryError) as error:  # a curve less, and the scores stand
             self._problems["csv/metrics.csv"] = clean_text(str(error))[:200]
         return {metric: {} for metric in metrics}
+
+    def slim(self) -> None:
+        """Forgets what no report shows: of thousands of runs it would be most of the memory."""
+        for kept, known in ((KEPT_OF_RECORD, self.record), (KEPT_OF_RESULTS, self.results)):
+            for key in known.keys() - kept:
+                del known[key]
 
     def _read(self, name: str, read: Any) -> dict[str, Any]:
         try:
