@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.build import compose_config
 from src.config import ConfigError, instantiate
 from src.datamodules.base import StreamDataModule
+from src.overrides import as_override, quoted
 from src.reporting.comparison import Variant, draw, print_table
 from src.run import checked, run
 
@@ -43,7 +44,8 @@ def compare(config: DictConfig) -> dict[str, dict[str, float]]:
         try:
             results[name] = run(variant)
         except SystemExit:
-            log.warning(f"the same command with hydra.run.dir={output_dir} ckpt_path=auto goes on")
+            where = quoted(f"hydra.run.dir={as_override(str(output_dir))}")
+            log.warning(f"the same command with {where} ckpt_path=auto goes on")
             raise
     summarise(config, output_dir, {name: Path(variant.paths.output_dir) for name, variant in configs.items()}, results)
     return results
@@ -65,7 +67,7 @@ def variants(config: DictConfig, output_dir: Path, base: list[str]) -> dict[str,
         )
     result = {}
     for name, overrides in config.compare.items():
-        own = [*overrides, f"paths.output_dir='{output_dir / slug(str(name))}'", "compare=null"]
+        own = [*overrides, f"paths.output_dir={as_override(str(output_dir / slug(str(name))))}", "compare=null"]
         result[str(name)] = compose_config([*base, *own])
     return result
 

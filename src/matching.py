@@ -13,8 +13,9 @@ hundred times as much. A comparison is fair under a budget that it names:
 
 *Width* scales all widths of the section ``size`` by one factor: every key there whose name ends in ``dim``. What the published sizes do
 not scale with the width stays: the numbers of heads, and Mamba2's state width. The number of heads leaves only certain widths (rotary heads
-must be even, GLA halves its keys): those that the constructors take. Where even the closest of them is off by more than 5%, as with many
-heads, and the feed-forward can make up for it with 2/3 to 3/2 of its width, then it does.
+must be even, GLA halves its keys): those that the constructors take, and with which a few tokens get through the model. Where even
+the closest of them is off by more than 5%, as with many heads, and the feed-forward can make up for it with 2/3 to 3/2 of its width,
+then it does.
 
 *Depth* changes ``size.depth`` alone, in whole blocks.
 
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from src.build import build_model, compose_config, model_from_config
@@ -40,6 +42,7 @@ from src.config import ConfigError, suggest, to_plain
 BUDGETS = ("parameters", "flops", "state")
 CHANGES = ("width", "depth")
 LARGEST = 64  # times the width or depth that the overrides describe
+LARGEST_TRIAL = 100_000_000  # parameters of a model that is run to see whether it does
 COARSE = 0.05  # off by more than this share, and the feed-forward is fitted as well, if that helps
 
 
@@ -98,16 +101,19 @@ def match_model(
             return None
 
     size = config.size
+    runs = _Trial(config)
     if change == "depth":
         line = _Line(lambda i: {"size.depth": i}, count, size.depth, 1, LARGEST * size.depth)
     else:
-        unit = _unit(size, count)
+        unit = _unit(size, lambda settings: count(settings) is not None and runs(settings))
         start = size.dim // unit
         line = _Line(lambda i: _widths(size, i * unit), count, start, 1, LARGEST * start)
     low, high = line.bracket(goal)
     if not line[low] <= goal <= line[high]:
         raise _out_of_reach(line, low if line[low] > goal else high, goal, budget, change)
     best = line.closest(goal, low, high)
+    while change == "width" and not runs(line.settings(best)) and line.refuse(best):
+        best = line.closest(goal, *line.bracket(goal))
     settings = line.settings(best)
     if change == "width" and budget != "state" and abs(line[best] / goal - 1) > COARSE:
         settings |= _fitted_feedforward(config, settings, count, goal)
@@ -143,6 +149,12 @@ class _Line:
             self._known[i] = self._count(self.settings(i))
         return self._known[i]
 
+    def refuse(self, i: int) -> bool:
+        """Takes a candidate out; not the one that everything starts from, which says whether it does."""
+        if i != self.start:
+            self._known[i] = None
+        return i != self.start
+
     def describe(self, i: int) -> str:
         """Its first setting, such as size.dim=64."""
         key, value = next(iter(self.settings(i).items()))
@@ -172,12 +184,58 @@ class _Line:
         return min(low, high, key=lambda i: abs(self[i] - goal))
 
 
-def _net(config: DictConfig, settings: dict[str, int]) -> Backbone:
-    """The model of a composed configuration with these settings, on the meta device. (Composing anew takes four times as long.)"""
+class _Trial:
+    """Whether a model of other widths runs: a constructor may accept what its forward pass cannot cut into heads.
+
+    A few tokens go through a model of one turn of the pattern, on the CPU. Models of which even that is too large, and those that
+    do not run here at the width that they have, because they need a GPU, are taken at their constructors' word.
+    """
+
+    def __init__(self, config: DictConfig):
+        self.config = config
+        self._known: dict[str, str | None] = {}  # settings -> why it does not run
+
+    def __call__(self, settings: dict[str, int]) -> bool:
+        wrong = self._wrong(settings)
+        if wrong is None or self._wrong({}) is not None:
+            return True
+        key, value = next(iter(settings.items()))
+        warnings.warn(f"{key}={value}: the model can be built and cannot run ({wrong}); passed over", stacklevel=3)
+        return False
+
+    def _wrong(self, settings: dict[str, int]) -> str | None:
+        name = repr(settings)
+        if name not in self._known:
+            self._known[name] = _why_it_does_not_run(self.config, settings)
+        return self._known[name]
+
+
+def _why_it_does_not_run(config: DictConfig, settings: dict[str, int]) -> str | None:
+    model = _model_config(config, settings) | {"vocab_size": 2}
+    model["depth"] = min(model["depth"], len(str(model.get("pattern") or "x")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if model_from_config(model, "meta").count_parameters() > LARGEST_TRIAL:
+            return None
+        try:
+            net = model_from_config(model, "cpu").eval()
+            with torch.inference_mode():
+                net(torch.zeros(1, 5, dtype=torch.long))
+        except Exception as error:  # whatever a mixer of somebody else raises
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    return None
+
+
+def _model_config(config: DictConfig, settings: dict[str, int]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     for key, value in settings.items():
         OmegaConf.update(config, key, value)
-    model_config = to_plain(config.model)
+    return to_plain(config.model)
+
+
+def _net(config: DictConfig, settings: dict[str, int]) -> Backbone:
+    """The model of a composed configuration with these settings, on the meta device. (Composing anew takes four times as long.)"""
+    model_config = _model_config(config, settings)
     if model_config["vocab_size"] is None:
         model_config["vocab_size"] = config.size.vocab_size
     with warnings.catch_warnings():
@@ -212,11 +270,11 @@ def _widths(size: DictConfig, dim: int) -> dict[str, int]:
     return found
 
 
-def _unit(size: DictConfig, count: Callable[[dict[str, int]], int | None]) -> int:
+def _unit(size: DictConfig, accepted: Callable[[dict[str, int]], bool]) -> int:
     """Of what the width must be a multiple. The present width is one, so only its divisors can be meant: the first that can be added."""
     step = _step(size.dim)
     for unit in range(step, size.dim, step):
-        if size.dim % unit == 0 and count(_widths(size, size.dim + unit)) is not None:
+        if size.dim % unit == 0 and accepted(_widths(size, size.dim + unit)):
             return unit
     return size.dim
 

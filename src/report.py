@@ -17,33 +17,55 @@ from rich.console import Console  # noqa: E402
 
 from src.config import ConfigError, suggest, to_plain  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
+from src.reporting.console import Telling  # noqa: E402
+from src.reporting.foreign import clean_text  # noqa: E402
 from src.reporting.page import write_report  # noqa: E402
-from src.reporting.registry import Run, find_runs  # noqa: E402
-from src.reporting.results import SweepResults, find_sweeps  # noqa: E402
+from src.reporting.results import UNVALIDATED, SweepResults, find_sweeps, outside_of  # noqa: E402
 from src.reporting.wording import identity  # noqa: E402
+
+MOST_NAMED = 20  # files that could not be read, on the console; the page lists all
 
 
 def report(config: DictConfig) -> Path:
     """Reads, writes, and says in a line what each sweep shows."""
     plain = checked(config)
     root = Path(plain["paths"]["log_dir"])
-    every = find_sweeps(root) if root.is_dir() else []
-    sweeps = chosen(every, plain["sweeps"])
-    runs = outside_of(every, root) if plain["runs"] and root.is_dir() else []
-    if not sweeps and not runs:
-        raise ConfigError(
-            f"nothing to report below {root}: python src/sweep.py sweep=results/R3 runs a sweep, python src/train.py a single model"
-        )
-    path = write_report(sweeps, Path(plain["output"]), runs)
     console = Console(highlight=False, markup=False)
+    problems: list[tuple[str, str]] = []
+    with Telling(console) as told:
+        told(f"looking for sweeps and runs below {root}")
+        every = find_sweeps(root, problems) if root.is_dir() else []
+        sweeps = chosen(every, plain["sweeps"])
+        runs = outside_of(every, root) if plain["runs"] and root.is_dir() else []
+        if not sweeps and not runs:
+            unread = "".join(f"; {where} cannot be read: {what}" for where, what in problems[:MOST_NAMED])
+            raise ConfigError(
+                f"nothing to report below {root}: python src/sweep.py sweep=results/R3 runs a sweep, python src/train.py a single "
+                f"model{unread}"
+            )
+        path = write_report(sweeps, Path(plain["output"]), runs, problems, told, plain["pictures"])
     for sweep in sweeps:
         done = sum(cell.runs for cell in sweep.cells)
-        told = f"{identity(sweep)}: {sweep.outcome}, {done} of {len(sweep.rows)} runs finished; {sweep.plan['title']}"
-        console.print(told, soft_wrap=True)
+        say(
+            console,
+            f"{identity(sweep)}: {sweep.outcome}, {done} of {len(sweep.rows)} runs finished; {sweep.plan['title']}",
+        )
+        without = sum(row["status"] == UNVALIDATED for row in sweep.rows)
+        if without:
+            say(console, f"  {without} of its runs are without a validation, and count nowhere; the page says why")
     if runs:
-        console.print(f"{len(runs)} run{'s' if len(runs) > 1 else ''} outside of sweeps", soft_wrap=True)
-    console.print(f"report: {path}", soft_wrap=True)
+        say(console, f"{len(runs)} run{'s' if len(runs) > 1 else ''} outside of sweeps")
+    for where, what in problems[:MOST_NAMED]:
+        say(console, f"could not be read: {where}: {what}")
+    if len(problems) > MOST_NAMED:
+        say(console, f"and {len(problems) - MOST_NAMED} more, which the page lists")
+    say(console, f"report: {path}")
     return path
+
+
+def say(console: Console, words: str) -> None:
+    """A line, whatever names are in it."""
+    console.print(clean_text(words), soft_wrap=True)
 
 
 def chosen(every: list[SweepResults], names: list[str]) -> list[SweepResults]:
@@ -64,12 +86,6 @@ def chosen(every: list[SweepResults], names: list[str]) -> list[SweepResults]:
     return [sweep for sweep in every if sweep.name in names or identity(sweep) in names]
 
 
-def outside_of(sweeps: list[SweepResults], root: Path) -> list[Run]:
-    """The runs below a folder that are no job of any sweep."""
-    jobs = {(sweep.path.parent / job["folder"]).resolve() for sweep in sweeps for job in sweep.plan["jobs"]}
-    return [run for run in find_runs(root) if run.folder.resolve() not in jobs]
-
-
 def checked(config: DictConfig) -> dict[str, Any]:
     """The plain configuration, if its values are of the right kind.
 
@@ -79,10 +95,14 @@ def checked(config: DictConfig) -> dict[str, Any]:
     plain = to_plain(config)
     if not isinstance(plain["sweeps"], list) or not all(isinstance(name, str) for name in plain["sweeps"]):
         raise ConfigError(f"sweeps={plain['sweeps']!r}: a list of names, [results/R3]")
-    if not isinstance(plain["runs"], bool):
-        raise ConfigError(f"runs={plain['runs']!r}: true or false")
+    plain.setdefault("pictures", False)
+    for key in ("runs", "pictures"):
+        if not isinstance(plain[key], bool):
+            raise ConfigError(f"{key}={plain[key]!r}: true or false")
     if not plain["output"] or not isinstance(plain["output"], str):
         raise ConfigError(f"output={plain['output']!r}: a folder")
+    if (other := plain["paths"].get("output_dir", plain["output"])) != plain["output"]:
+        raise ConfigError(f"paths.output_dir={other}: the folder of a report is output=, as in output={other}")
     return plain
 
 

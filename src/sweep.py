@@ -20,11 +20,14 @@ from rich.console import Console  # noqa: E402
 from src.build import CONFIG_DIR  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
 from src.entry import entrypoint, fail  # noqa: E402
+from src.overrides import as_override, quoted  # noqa: E402
+from src.reporting.console import Telling  # noqa: E402
+from src.reporting.foreign import Unreadable, read_yaml  # noqa: E402
 from src.reporting.results import SweepResults, write_manifest  # noqa: E402
 from src.sweeps.cost import duration, estimates, print_jobs, print_matched, print_plan  # noqa: E402
 from src.sweeps.jobs import is_finished  # noqa: E402
 from src.sweeps.local import Local  # noqa: E402
-from src.sweeps.plan import Job, Sweep, as_override, quoted  # noqa: E402
+from src.sweeps.plan import Job, Sweep  # noqa: E402
 from src.sweeps.progress import Progress  # noqa: E402
 from src.sweeps.search import Search, write_trials  # noqa: E402
 
@@ -33,16 +36,17 @@ def sweep(config: DictConfig) -> None:
     """Plans, runs what is missing, and says what it shows."""
     plain = to_plain(config)
     name = HydraConfig.get().runtime.choices.get("sweep")
+    check_values(plain)
     launcher = instantiate(plain["launcher"], "launcher")
-    described: Sweep | Search = instantiate(plain["sweep"] | {"overrides": plain["overrides"]}, "sweep")
+    described = read(plain, str(name))
     if isinstance(described, Search):
         search(described, plain, launcher)
         return
-    planned = described.at(plain["scale"]).along(plain["axes"] or {})
+    planned = at_scale(described, plain["scale"], str(name)).along(plain["axes"] or {})
     scale = plain["scale"] if described.scales else ""
-    with Console().status("planning"):
-        jobs, root = planned.jobs(), Path(plain["jobs_dir"])
-        expected = estimates(jobs, root)
+    with Telling() as told:
+        jobs, root = planned.jobs(told), Path(plain["jobs_dir"])
+        expected = estimates(jobs, root, told)
     command, changes = command_of(plain, str(name), scale)
     # A trial with other values does not take the place of the sweep itself.
     manifest = Path(plain["paths"]["output_dir"]) / changes / "manifest.json"
@@ -54,13 +58,64 @@ def sweep(config: DictConfig) -> None:
         print_jobs(jobs, expected)
         return
     write_manifest(manifest, f"{name}{changes and '+'}{changes}", scale, planned, jobs, root, command)
-    told = Progress(jobs, root, expected, launcher.workers)
+    progress = Progress(jobs, root, expected, launcher.workers)
     try:
-        launcher.run(jobs, root, told)
+        launcher.run(jobs, root, progress)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {told.left()}. The same command goes on", flush=True)
+        print(f"\ninterrupted; {progress.left()}. The same command goes on", flush=True)
         sys.exit(130)
     conclude(manifest, jobs, root, report=plain["report"])
+
+
+def check_values(plain: dict[str, Any]) -> None:
+    """Raises a ConfigError for values of the command line that are of another kind than what they are for."""
+    for key in ("dry_run", "report"):
+        if not isinstance(plain[key], bool):
+            raise ConfigError(f"{key}={plain[key]!r}: true or false")
+    for key in ("scale", "jobs_dir"):
+        if not isinstance(plain[key], str) or not plain[key]:
+            raise ConfigError(f"{key}={plain[key]!r}: a {'folder' if key == 'jobs_dir' else 'name'}")
+    if not isinstance(plain["overrides"], list) or not all(isinstance(text, str) for text in plain["overrides"]):
+        raise ConfigError(f"""overrides={plain["overrides"]!r}: a list of texts, 'overrides=["seed=1"]'""")
+    if not isinstance(plain["axes"], dict | None):
+        raise ConfigError(f"axes={plain['axes']!r}: a mapping, 'axes={{seed: [1, 2]}}'")
+    if not isinstance(plain["sweep"], dict) or "_target_" not in plain["sweep"]:
+        raise ConfigError("sweep: no sweep; its file begins with defaults: [/sweep/base@_here_, _self_]")
+
+
+def read(plain: dict[str, Any], name: str) -> Sweep | Search:
+    """What the file of a sweep describes; mistakes in it name the file."""
+    if not isinstance(plain["sweep"].get("overrides", []), list):
+        raise ConfigError(f"{_file(name)}: sweep.overrides: a list of texts")
+    try:
+        return instantiate(plain["sweep"] | {"overrides": plain["overrides"]}, "sweep")
+    except ConfigError as error:
+        raise ConfigError(f"{_file(name)}: {error}") from error
+
+
+def at_scale(described: Sweep, scale: str, name: str) -> Sweep:
+    """At one of its scales; mistakes in what the file says of it name the file."""
+    try:
+        return described.at(scale)
+    except ConfigError as error:
+        if str(error).startswith(("sweep.", "at scale")):
+            raise ConfigError(f"{_file(name)}: {error}") from error
+        raise
+
+
+def _file(name: str) -> str:
+    return f"configs/sweep/{name}.yaml"
+
+
+def check_file(arguments: list[str]) -> None:
+    """Ends in one message for the file of a sweep that is no YAML, or no mapping: Hydra would end in a traceback."""
+    for argument in arguments:
+        path = CONFIG_DIR / "sweep" / f"{argument.removeprefix('sweep=')}.yaml"
+        if argument.startswith("sweep=") and path.is_file():
+            try:
+                read_yaml(path)
+            except Unreadable as error:
+                fail(f"{path}: {error}")
 
 
 def command_of(plain: dict[str, Any], name: str, scale: str) -> tuple[str, str]:
@@ -112,7 +167,9 @@ def conclude(manifest: Path, jobs: list[Job], root: Path, report: bool) -> None:
     if report:
         from src.reporting.page import write_report
 
-        print(f"report: {write_report([results], manifest.parent / 'report')}")
+        with Telling() as told:
+            path = write_report([results], manifest.parent / "report", told=told)
+        print(f"report: {path}")
     for job in missing:
         print(
             f"not finished: {job.task}, {job.variant}, {job.settings}; see {job.folder(root) / 'output.log'}",
@@ -139,4 +196,5 @@ if __name__ == "__main__":
         folder = CONFIG_DIR / "sweep"
         there = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
         fail(f"sweep=: which one? There are: {', '.join(name for name in there if name != 'base')}")
+    check_file(sys.argv[1:])
     entrypoint("sweep", sweep)

@@ -225,3 +225,32 @@ def test_arguments_that_make_no_sense():
         arguments: dict[str, Any] = good | {name: value}
         with pytest.raises(ConfigError, match=message):
             match_model(**arguments)
+
+
+def test_widths_at_which_the_model_does_not_run_are_passed_over(monkeypatch):
+    """A mixer whose heads do not divide its width builds, and fails in its forward."""
+    from src.components.mixers.attention import Attention
+
+    forward = Attention.forward
+
+    def of_four_heads(self, x, **more):
+        x.unflatten(-1, (4, x.shape[-1] // 4 if x.shape[-1] % 16 == 0 else 1))
+        return forward(self, x, **more)
+
+    overrides = ["model=llama", "size=tiny", "position=nope"]
+    target = match_model(overrides, budget="parameters", target=overrides).value * 1.37
+    free = match_model(overrides, budget="parameters", target=target)
+    assert free.dim % 16
+    monkeypatch.setattr(Attention, "forward", of_four_heads)
+    with pytest.warns(UserWarning, match=r"size.dim=\d+: the model can be built and cannot run .*passed over"):
+        found = match_model(overrides, budget="parameters", target=target)
+    assert found.dim % 16 == 0
+
+
+def test_a_model_that_does_not_run_here_is_matched_all_the_same(monkeypatch):
+    from src.components.mixers.attention import Attention
+
+    overrides = ["model=llama", "size=tiny", "position=nope"]
+    expected = match_model(overrides, budget="parameters", target=150_000)
+    monkeypatch.setattr(Attention, "forward", lambda *_, **__: 1 / 0)
+    assert match_model(overrides, budget="parameters", target=150_000) == expected

@@ -40,7 +40,7 @@ def write_csv(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A table, numbers in full; what is not known is left empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for line in lines for key in line))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)

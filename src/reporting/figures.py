@@ -17,7 +17,7 @@ from typing import Any
 
 from src.reporting.palette import Look
 from src.reporting.results import CONFIRMED, CONTRADICTED
-from src.reporting.tables import Line, Row, SweepTables, of_row
+from src.reporting.tables import Line, Row, SweepTables, Table, of_row
 from src.reporting.wording import (
     NOTHING,
     TONES,
@@ -55,11 +55,11 @@ def small(text: str) -> str:
 def heat_map(tables: SweepTables, score: str) -> Figure:
     """Rows x variants; ``score`` is mean or best. Clicks find the cell by ``customdata``, its row in ``tables.scores``."""
     shares, hover, ids, text = [], [], [], _Text()
-    scores = [line | {"cell": i} for i, line in enumerate(tables.scores)]
+    scores = Table(line | {"cell": i} for i, line in enumerate(tables.scores))
     for y, row in enumerate(tables.rows):
         of = {line["variant"]: line for line in of_row(scores, row)}
         values = [of[name][score] if name in of else None for name in tables.variants]
-        line_shares = shares_of([of.get(name, {}) for name in tables.variants], score)
+        line_shares = shares_of([of.get(name, {}) for name in tables.variants], score, tables.uncertainty(row))
         shares.append(line_shares)
         hover.append([cell_words(of[name]) if name in of else "" for name in tables.variants])
         ids.append([of[name]["cell"] if name in of else None for name in tables.variants])
@@ -148,8 +148,17 @@ def _row_label(tables: SweepTables, row: Row) -> str:
     return "<br>".join(parts)
 
 
-def shares_of(lines: Sequence[Mapping[str, Any]], score: str) -> list[float | None]:
-    """Where the cells of a row stand on the colour scale: accuracies by themselves, other scores from worst to best of the row."""
+def shares_of(lines: Sequence[Mapping[str, Any]], score: str, uncertainty: float | None = None) -> list[float | None]:
+    """Where the cells of a row stand on the colour scale: accuracies by themselves, other scores from worst to best of the row.
+
+    The ends of the scale are for a worst and a best that are far apart: by twice the uncertainty of their difference. A smaller difference
+    takes as much less of the middle of the scale, and one of which nothing is known none of it.
+
+    Args:
+        lines: of the cells; empty mappings where there are none.
+        score: mean or best.
+        uncertainty: half the width of the interval of the difference; None to take it from the intervals of the two cells.
+    """
     values = [line.get(score) for line in lines]
     there = [value for value in values if value is not None and known(value)]
     if not there:
@@ -158,8 +167,14 @@ def shares_of(lines: Sequence[Mapping[str, Any]], score: str) -> list[float | No
     if "accuracy" in first["metric"]:
         return [min(max(value, 0.0), 1.0) if value is not None and known(value) else None for value in values]
     worst, best = (max(there), min(there)) if first["lower_is_better"] else (min(there), max(there))
-    width = (best - worst) or 1.0
-    return [(value - worst) / width if value is not None and known(value) else None for value in values]
+    if uncertainty is None:
+        ends = [next(line for line in lines if line.get(score) == value) for value in (worst, best)]
+        halves = [half_interval(line.get("low"), line.get("high")) for line in ends]
+        uncertainty = math.inf if None in halves else math.hypot(*(half or 0.0 for half in halves))
+    distance = abs(best - worst)
+    span = distance / max(distance, 2 * uncertainty) if distance else 0.0  # how much of the scale is used
+    start, across = (1 - span) / 2, (best - worst) or 1.0
+    return [start + span * (value - worst) / across if value is not None and known(value) else None for value in values]
 
 
 def cell_words(line: Mapping[str, Any]) -> str:
@@ -171,10 +186,11 @@ def cell_words(line: Mapping[str, Any]) -> str:
     if not known(line["mean"]):
         return f"<b>{where}</b><br>{runs}"
     seeds = f"{line['seeds']} of {line['seeds_planned']} seeds at learning rate {rate(line['learning_rate'])}"
+    remarks = f"<br>{label(line['remarks'], 60)}" if line["remarks"] else ""
     return (
         f"<b>{where}</b><br>{label(metric_words(line['metric']))}: mean {scored(line['mean'], line['metric'])}, "
         f"95% {interval(line['low'], line['high'])}<br>{seeds}<br>best over learning rates {scored(line['best'], line['metric'])}"
-        f"<br>{runs}<br><i>click for the commands</i>"
+        f"{remarks}<br>{runs}<br><i>click for the commands</i>"
     )
 
 
@@ -203,7 +219,7 @@ def rates(tables: SweepTables, row: Row, looks: Mapping[str, Look]) -> Figure | 
     """Score against learning rate: a point for each seed, a line through their means, a ring around the chosen rate."""
     means = of_row(tables.rates, row)
     existing = sorted({line["learning_rate"] for line in means})
-    if len(existing) < 2:
+    if len(existing) < 2 or existing[0] <= 0:  # its axis is logarithmic
         return None
     metric = tables.sweep.plan["metrics"][row.task]
     data: list[dict[str, Any]] = []

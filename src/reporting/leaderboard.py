@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.reporting.sections import strip
-from src.reporting.tables import Line, Row, SweepTables
+from src.reporting.tables import Line, SweepTables, of_row
 from src.reporting.wording import compact, identity, interval, known, metric_words, scored, short_settings
 
 Key = tuple[str, str, str]  # task, metric, parameters of the data
@@ -31,8 +31,11 @@ def leaderboards(
             runs = tables.runs_of(cell)
             data = {key: value for key, value in (runs[0].results.get("data") or {}).items() if key != "seed"}
             key = (row.task, cell.metric, json.dumps(data, sort_keys=True))
-            cell_line = next(s for s in tables.scores if (Row(s["task"], s["setting"]), s["variant"]) == (row, variant))
-            line = cell_line | {"sweep": identity(tables.sweep), "slug": slug, "data": short_settings(data)}
+            line = of_row(tables.scores, row, variant)[0] | {
+                "sweep": identity(tables.sweep),
+                "slug": slug,
+                "data": short_settings(data),
+            }
             # The same runs may belong to several sweeps: one line for them.
             boards.setdefault(key, {}).setdefault((variant, *sorted(cell.folders.values())), line)
     found = []

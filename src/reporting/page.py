@@ -10,65 +10,110 @@ templates in ``templates/`` put them on the page.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from src.files import part_of
 from src.reporting.exports import export_tables, slugs, write_csv
 from src.reporting.figures import Figure
 from src.reporting.leaderboard import leaderboards
 from src.reporting.palette import THEMES, looks, on_scale, scale
-from src.reporting.pictures import draw_pictures
+from src.reporting.pictures import draw_pictures, panels_of
 from src.reporting.published import beside
-from src.reporting.registry import Run, runs_table
 from src.reporting.results import SweepResults
-from src.reporting.sections import Section
+from src.reporting.runs import Run, run_line
+from src.reporting.sections import MOST_ROWS, Section
 from src.reporting.tables import SweepTables
-from src.reporting.wording import BEST, MEAN, identity, known, number, rate
-from src.sweeps.cost import duration
+from src.reporting.wording import BEST, MEAN, duration, identity, known, number, rate
 
 TEMPLATES = Path(__file__).parent / "templates"
+MOST_TEXT = 300  # characters of a name
+MOST_PANELS = (
+    90  # of the PNG figures of a sweep, and three times as many of all, unless all are asked for: twenty are a second
+)
 SHOWN_METRICS = ("test/accuracy", "test/bits_per_parameter", "test/bits_per_byte", "test/loss", "val/loss")
 
 
-def write_report(sweeps: list[SweepResults], folder: Path, runs: Sequence[Run] = ()) -> Path:
+Told = Callable[[str], object]  # hears what is being done
+
+
+def write_report(
+    sweeps: list[SweepResults],
+    folder: Path,
+    runs: Sequence[Run] = (),
+    problems: list[tuple[str, str]] | None = None,
+    told: Told = lambda words: None,
+    pictures: bool = False,
+) -> Path:
     """Writes the page and its twins.
 
     Args:
         sweeps: what is reported, in this order.
         folder: becomes ``index.html``, ``tables`` and ``figures``; files of an earlier report are overwritten.
         runs: outside of sweeps, for a plain table.
+        problems: files that could not be read, and why; the page lists them, and gets to this list what turns up while it is written.
+        told: hears what is being done, every now and then.
+        pictures: draw every figure as PNG, of large sweeps too, which takes minutes.
 
     Returns:
         Path of ``index.html``.
     """
+    problems = [] if problems is None else problems
+    _read(sweeps, told)
     tables = [SweepTables(sweep) for sweep in sweeps]
-    page = _Page(folder, tables)
-    sections = [page.section(table) for table in tables]
+    page = _Page(folder, tables, math.inf if pictures else MOST_PANELS)
+    sections = []
+    for table in tables:
+        told(f"drawing {identity(table.sweep)}, {len(sections) + 1} of {len(tables)}")
+        sections.append(page.section(table))
     boards, board_lines = leaderboards({page.slugs[table]: table for table in tables}, page.tasks)
     board_files = []
     if board_lines:
         write_csv(board_lines, folder / "tables" / "leaderboard.csv")
         board_files = [("CSV", "tables/leaderboard.csv")]
-    context = {"sweeps": sections, "boards": boards, "board_files": board_files, "outside": outside(runs, folder)}
+    context = {"sweeps": sections, "boards": boards, "board_files": board_files, "most_rows": MOST_ROWS}
+    context["outside"] = outside(runs, folder, problems, told)
+    # After everything else: curves are read for figures only.
+    problems += dict.fromkeys(problem for sweep in sweeps for problem in sweep.problems)
+    context["unreadable"] = unreadable(problems, folder)
     path = folder / "index.html"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(page.render(context), encoding="utf-8")
+    page.write(context, path)
     return path
+
+
+def _read(sweeps: Sequence[SweepResults], told: Told) -> None:
+    there, done = sum(len(sweep.plan["jobs"]) for sweep in sweeps), itertools.count(1)
+    for sweep in sweeps:
+        sweep.read(lambda _: told(f"reading the runs of sweeps, {next(done):,} of {there:,}"))
+
+
+def unreadable(problems: Sequence[tuple[str, str]], folder: Path) -> list[tuple[str, str]]:
+    """What the page says of files that could not be read; the file of an earlier report does not stay."""
+    path = folder / "tables" / "unreadable.csv"
+    if problems:
+        write_csv([{"where": where, "what": what} for where, what in problems], path)
+    else:
+        path.unlink(missing_ok=True)
+    return list(problems)
 
 
 class _Page:
     """Collects what the sections of sweeps put on the page."""
 
-    def __init__(self, folder: Path, tables: Sequence[SweepTables]):
+    def __init__(self, folder: Path, tables: Sequence[SweepTables], most_panels: float):
         self.folder = folder
+        self.most_panels, self.panels_left = most_panels, 3 * most_panels
         seen = Counter[str]()
         names = []
         for table in tables:  # a sweep may have been copied: both are shown
@@ -79,15 +124,18 @@ class _Page:
         self.tasks = {task: i for i, task in enumerate(dict.fromkeys(task for table in tables for task in table.tasks))}
         self.task_slugs = slugs(self.tasks)
         self.looks = looks(table.variants for table in tables)
-        self.figures: dict[str, Figure] = {}
-        self.cells: dict[str, list[dict[str, Any]]] = {}
+        self.figures: dict[str, str] = {}  # as JSON: their numbers as objects would fill the memory
+        self.cells: dict[str, str] = {}
 
     def section(self, tables: SweepTables) -> dict[str, Any]:
         """Writes the files of a sweep; returns what the template shows of it."""
         slug = self.slugs[tables]
         published = beside(tables)
         names = export_tables(tables, published[0], slug, self.folder / "tables")
-        pictures = draw_pictures(tables, self.looks, slug, self.task_slugs, self.folder / "figures")
+        panels = panels_of(tables)
+        grids = panels <= min(self.most_panels, self.panels_left)
+        self.panels_left -= panels if grids else 0
+        pictures = draw_pictures(tables, self.looks, slug, self.task_slugs, self.folder / "figures", grids)
         files = {kind: _links("tables", found) for kind, found in names.items()}
         for kind, found in pictures.items():
             section, _, task = kind.partition("/")
@@ -95,32 +143,33 @@ class _Page:
             links = [(text + of_task, address) for text, address in _links("figures", found)]
             files[section] = files.get(section, []) + links
         section = Section(tables, slug, self.tasks, self.looks, files, published, self.add)
-        self.cells[slug] = section.cells()
-        return section.context()
+        self.cells[slug] = embedded(section.cells())
+        found = section.context() | {"without_pictures": not grids}
+        tables.forget_curves()
+        return found
 
     def add(self, figure: Figure | None) -> dict[str, Any] | None:
         """Puts a figure on the page; returns its id there and its height."""
         if figure is None:
             return None
         name = f"figure-{len(self.figures) + 1}"
-        self.figures[name] = figure
+        self.figures[name] = embedded(figure)
         rows = figure.get("rows")
         height = rows["extra"] + rows["height"] * len(rows["ids"]) if rows else figure["layout"]["height"]
         return {"id": name, "height": height}
 
-    def render(self, context: Mapping[str, Any]) -> str:
-        """The HTML."""
-        from plotly.offline import get_plotlyjs
-
+    def write(self, context: Mapping[str, Any], path: Path) -> None:
+        """Writes the HTML, piece by piece: as one text it would take several times its size of memory."""
         themes = tuple(THEMES)
         scales = {theme: scale(theme) for theme in themes}
         inks = {
             theme: [on_scale(theme, i / (len(scales[theme]) - 1))[1] for i in range(len(scales[theme]))]
             for theme in themes
         }
-        data = {"figures": self.figures, "cells": self.cells, "themes": THEMES, "scales": scales, "inks": inks}
+        parts = {"figures": _joined(self.figures), "cells": _joined(self.cells)}
+        parts |= {name: embedded(part) for name, part in (("themes", THEMES), ("scales", scales), ("inks", inks))}
         environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
-        return environment.get_template("report.html.j2").render(
+        pieces = environment.get_template("report.html.j2").stream(
             **context,
             **headline(context["sweeps"]),
             tasks=list(self.tasks),
@@ -132,9 +181,22 @@ class _Page:
             when=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
             css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
             js=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
-            plotly=Markup(get_plotlyjs()),
-            data=embedded(data),
+            plotly=Markup(plotly_js()),
+            data=_joined(parts),
         )
+        pieces.enable_buffering(1000)
+        part = part_of(path)
+        # Names of folders may hold what is no text.
+        pieces.dump(str(part), "utf-8", "backslashreplace")
+        part.replace(path)
+
+
+def plotly_js() -> str:
+    """The script that draws; importing plotly for it would take 50 MB."""
+    found = find_spec("plotly")
+    assert found is not None
+    assert found.origin is not None
+    return (Path(found.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
 def headline(sections: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -154,15 +216,23 @@ def headline(sections: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {"title": f"{heading}, Canon Lab", "heading": heading, "summary": summary}
 
 
-def outside(runs: Iterable[Run], folder: Path) -> dict[str, Any] | None:
+def outside(
+    runs: Sequence[Run], folder: Path, problems: list[tuple[str, str]], told: Told = lambda words: None
+) -> dict[str, Any] | None:
     """The table of runs that belong to no sweep."""
-    lines = [{str(key): value for key, value in line.items()} for line in runs_table(runs).to_dict("records")]
+    lines: list[dict[str, Any]] = []
+    for number_of, run in enumerate(runs, start=1):
+        told(f"reading single runs, {number_of:,} of {len(runs):,}")
+        alone = Run(run.folder)  # forgotten after its line
+        lines.append(run_line(alone))
+        problems += [(lines[-1]["folder"], problem) for problem in alone.problems]
     if not lines:
         return None
     write_csv(
         [{k: v if isinstance(v, str) or known(v) else None for k, v in line.items()} for line in lines],
         folder / "tables" / "runs.csv",
     )
+    there, lines = len(lines), lines[-MOST_ROWS:]
     metrics = [metric for metric in SHOWN_METRICS if any(known(line.get(metric)) for line in lines)][:3]
     columns = [
         "folder",
@@ -179,7 +249,7 @@ def outside(runs: Iterable[Run], folder: Path) -> dict[str, Any] | None:
     shown = [
         [
             *(
-                line[key] if isinstance(line[key], str) and line[key] else "–"
+                line[key][:MOST_TEXT] if isinstance(line[key], str) and line[key] else "–"
                 for key in ("folder", "name", "status", "data", "canon")
             ),
             f"{line['seed']:.0f}" if known(line["seed"]) else "–",
@@ -190,7 +260,8 @@ def outside(runs: Iterable[Run], folder: Path) -> dict[str, Any] | None:
         ]
         for line in lines
     ]
-    return {"columns": columns, "lines": shown, "files": [("CSV", "tables/runs.csv")]}
+    found = {"columns": columns, "lines": shown, "files": [("CSV", "tables/runs.csv")]}
+    return found | {"there": there, "left_out": there > len(lines)}
 
 
 def embedded(data: Any) -> Markup:
@@ -199,6 +270,11 @@ def embedded(data: Any) -> Markup:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
+
+
+def _joined(parts: Mapping[str, str]) -> Markup:
+    """An object of parts that are JSON already."""
+    return Markup("{" + ",".join(f"{embedded(name)}:{part}" for name, part in parts.items()) + "}")
 
 
 def _plain(node: Any) -> Any:

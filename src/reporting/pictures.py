@@ -38,10 +38,17 @@ DASHES: dict[str, Any] = {
     "longdash": (0, (9, 3)),
 }
 Looks = Mapping[str, Look]
+TALLEST = 100  # rows of a picture; more are for a screen, and beyond what a PNG file can hold
+
+
+def panels_of(tables: SweepTables) -> int:
+    """How many panels the grids of a sweep would have, each a twentieth of a second of work."""
+    groups = {(line["task"], line["setting"], line["group"]) for line in tables.groups}
+    return len({row for row, _ in tables.cells}) * (3 + len(COSTS_SHOWN)) + len(groups)
 
 
 def draw_pictures(
-    tables: SweepTables, looks: Looks, prefix: str, tasks: Mapping[str, str], folder: Path
+    tables: SweepTables, looks: Looks, prefix: str, tasks: Mapping[str, str], folder: Path, grids: bool = True
 ) -> dict[str, list[str]]:
     """Draws everything that a sweep has.
 
@@ -51,6 +58,7 @@ def draw_pictures(
         prefix: of the names of files.
         tasks: task -> its part of names of files.
         folder: for the files.
+        grids: curves, learning rates, difficulties and costs as well, not only scores and verdicts.
 
     Returns:
         Names of the files by kind; "curves/Depo" and so on for kinds that have one for each task.
@@ -66,10 +74,9 @@ def draw_pictures(
 
     save("scores", None, heat_map(tables))
     save("verdicts", None, forest(tables))
-    for task in tables.tasks:
-        rows = [
-            row for row in tables.rows if row.task == task and any((row, v) in tables.cells for v in tables.variants)
-        ]
+    measured = {row for row, _ in tables.cells}
+    for task in tables.tasks if grids else ():
+        rows = [row for row in tables.rows if row.task == task and row in measured]
         quantities = ("train/loss", tables.sweep.plan["selections"][task])
         save(
             "curves",
@@ -93,13 +100,13 @@ def draw_pictures(
 
 def heat_map(tables: SweepTables) -> Figure | None:
     """Mean over seeds at the best learning rate, printed in cells of the sequential scale."""
-    if not tables.cells:
+    if not tables.cells or len(tables.rows) > TALLEST:
         return None
     width, height = 2.2 + 1.25 * len(tables.variants), 1.0 + 0.75 * len(tables.rows)
     figure, axes = _figure(width, height)
     for y, row in enumerate(tables.rows):
         of = {line["variant"]: line for line in of_row(tables.scores, row)}
-        shares = shares_of([of.get(name, {}) for name in tables.variants], "mean")
+        shares = shares_of([of.get(name, {}) for name in tables.variants], "mean", tables.uncertainty(row))
         for x, (name, share) in enumerate(zip(tables.variants, shares, strict=True)):
             color, text = on_scale("light", share) if share is not None else (COLORS["faint"], COLORS["muted"])
             axes.add_patch(_tile(x, y, color))
@@ -130,7 +137,7 @@ def heat_map(tables: SweepTables) -> Figure | None:
 def forest(tables: SweepTables) -> Figure | None:
     """Differences of statements: Student interval thin, bootstrap interval thick, the claim a tick."""
     lines = [line for line in tables.verdicts if known(line["difference"])]
-    if not lines:
+    if not lines or len(lines) > TALLEST:
         return None
     figure, axes = _figure(7.5, 1.0 + 0.5 * len(lines))
     for y, line in enumerate(lines):
@@ -158,7 +165,7 @@ def _grid(
     rows: Sequence[Row], columns: Sequence[Any], variants: Sequence[str], draw: Callable[[Axes, Row, Any], bool]
 ) -> Figure | None:
     """Panels for rows x columns, with one legend; None when nothing was drawn."""
-    if not rows or not columns:
+    if not rows or not columns or len(rows) > TALLEST:
         return None
     # Margins in inches: matplotlib's own layouts would take most of the time that a report takes.
     width = 3.6 * len(columns) + 0.3
@@ -209,7 +216,8 @@ def _rates(axes: Axes, tables: SweepTables, row: Row, looks: Looks) -> bool:
             chosen = next(mean for mean in line if mean["chosen"])
             ring = _style(looks[variant], marker="o", markersize=11, markerfacecolor="none")
             axes.plot(chosen["learning_rate"], chosen["mean"], **ring)
-    axes.set_xscale("log")
+    if existing and existing[0] > 0:
+        axes.set_xscale("log")
     axes.set_xticks(existing, [rate(value) for value in existing])
     axes.minorticks_off()
     metric = tables.sweep.plan["metrics"][row.task]

@@ -6,19 +6,20 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pandas as pd
-
-from src.config import ConfigError, suggest
 from src.reporting.results import Cell
 from src.reporting.statistics import student_interval
 from src.reporting.tables import Line, Row, SweepTables, finite
 from src.reporting.wording import known
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = Path(__file__).parent / "published"
 SYNTHETIC = "part41_synthetic"
@@ -58,6 +59,10 @@ def table(name: str) -> pd.DataFrame:
     Raises:
         ConfigError: there is none of that name.
     """
+    import pandas as pd
+
+    from src.config import ConfigError, suggest
+
     names = sorted(path.stem for path in FOLDER.glob("*.csv"))
     if name not in names:
         raise ConfigError(f"published table {name!r}: {suggest(name, names)}")
@@ -80,7 +85,7 @@ def beside(tables: SweepTables) -> tuple[list[Line], list[str]]:
         try:
             size = str(cell.others.get("size", where.get("size", "")))
             entry = _entry(where.get("task", ""), arch, where.get("difficulty", ""), size)
-        except ConfigError as error:
+        except ValueError as error:
             problems.append(str(error))
             continue
         if entry is not None:
@@ -138,6 +143,8 @@ def _entry(task: str, arch: str, difficulty: str, size: str) -> Entry | None:
     ):
         existing = {key[position] for key in entries}
         if value not in existing:
+            from src.config import ConfigError, suggest  # with all of Lightning, for those who misspell
+
             raise ConfigError(f"published {name}={value!r}: {suggest(value, existing)}")
     return entries.get((task, arch, difficulty, size))
 
@@ -145,11 +152,11 @@ def _entry(task: str, arch: str, difficulty: str, size: str) -> Entry | None:
 @cache
 def _synthetic() -> dict[tuple[str, str, str, str], Entry]:
     found = {}
-    for line in pd.read_csv(FOLDER / f"{SYNTHETIC}.csv", dtype=str, keep_default_na=False).to_dict("records"):
-        for size in SIZES:
-            if line[size]:
-                values = [float(part) for part in line[size].split("/")]
-                found[line["task"], line["arch"], line["difficulty"], size] = Entry(
-                    values, line["metric"], line["source"]
-                )
+    with (FOLDER / f"{SYNTHETIC}.csv").open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            for size in SIZES:
+                if line[size]:
+                    values = [float(part) for part in line[size].split("/")]
+                    key = (line["task"], line["arch"], line["difficulty"], size)
+                    found[key] = Entry(values, line["metric"], line["source"])
     return found

@@ -3,7 +3,8 @@
 A *cell* is a task, a variant and the values of all axes but seed and learning rate. It has two scores, which are never mixed:
 
 - **mean over seeds at the best learning rate**: the rate is the one whose mean over seeds is best on the *validation* set;
-  this is what differences and verdicts use, paired by seed;
+  this is what differences and verdicts use, paired by seed. Where there are several rates, a run that was not validated counts
+  nowhere: to judge it by its test score would choose on the test set. Where there is one rate, nothing is chosen;
 - **best over learning rates**: the best single run on the test set, which is what the paper reports. It grows with the number
   of runs, so compare it only between cells with as many.
 
@@ -21,17 +22,23 @@ import logging
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from math import fsum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from src.evaluation.evaluators import lower_is_better
-from src.reporting.registry import COSTS, FINISHED, Run, write_json
+from src.evaluation.names import lower_is_better
+from src.reporting.foreign import Unreadable, clean_text
+from src.reporting.manifest import read_manifest, write_manifest  # noqa: F401 (the second for others)
+from src.reporting.runs import COSTS, FINISHED, UNREADABLE, Run, find, find_runs
 from src.reporting.statistics import Difference, Interval, difference, student_interval
-from src.sweeps.plan import Job, Statement, Sweep, is_repetition
+from src.sweeps.statements import Statement, is_repetition
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +47,10 @@ SEEDS_NEEDED = 3  # for a verdict
 ROUNDING = 1e-9
 # What has become of a job whose run has ended well and says nothing: it was another run, or its score is missing or no number.
 OTHER, SCORELESS = "of another configuration", "without a score"
+# Its learning rate is one of several, and there is nothing to choose it by.
+UNVALIDATED = "without a validation"
+
+Told = Callable[[int], object]  # how many runs have been read since the last call
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ class Cell:
     folders: dict[str, str] = field(repr=False)  # "rate/seed" -> folder
     costs: dict[str, float] = field(repr=False)  # means over the runs at the best rate
     commands: list[str] = field(repr=False)  # that repeat the runs at the best rate
+    remarks: list[str] = field(default_factory=list, repr=False)  # what must be known of how the rate was chosen
 
     @property
     def mean(self) -> float:
@@ -83,10 +95,11 @@ class Verdict:
     difference: Difference | None
     best_difference: float | None  # of the best runs over learning rates
     reason: str
+    remarks: list[str] = field(default_factory=list)  # of the cells that were compared
 
     def __str__(self) -> str:
         said = f"{self.statement.better} vs {self.statement.than}, {self.task}, {self.metric}: by at least {self.statement.by:g}"
-        return f"{self.outcome:<13} {said}: {self.reason}"
+        return "; ".join([f"{self.outcome:<13} {said}: {self.reason}", *self.remarks])
 
 
 class SweepResults:
@@ -98,8 +111,9 @@ class SweepResults:
 
     def __init__(self, path: Path):
         self.path = path
-        self.plan: dict[str, Any] = json.loads(path.read_text())
+        self.plan: dict[str, Any] = read_manifest(path)
         self.statements = [Statement(**item) for item in self.plan["expect"]]
+        self.runs: dict[str, Run] = {}  # by folder, as they have been read
 
     @property
     def name(self) -> str:
@@ -108,24 +122,54 @@ class SweepResults:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """One a job: task, variant, axes, status, ``value`` (test), ``selection`` (validation), costs, folder, command."""
-        return [self._row(job) for job in self.plan["jobs"]]
+        """One a job: task, variant, axes, status, ``value`` (test), ``selection`` (validation), costs, folder, command.
+
+        ``reason`` says what there is to say about a job without a value.
+        """
+        return self.read()
+
+    def read(self, told: Told = lambda count: None) -> list[dict[str, Any]]:
+        """What ``rows`` holds from then on, telling of every run that has been read."""
+        if "rows" not in self.__dict__:
+            rows = []
+            for job in self.plan["jobs"]:
+                rows.append(self._row(job))
+                told(1)
+            for cell in _by_cell(rows):
+                self._leave_out_what_was_not_validated(cell)
+            self.__dict__["rows"] = rows
+        return self.__dict__["rows"]
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """``rows`` as a table."""
+        import pandas as pd
+
         return pd.DataFrame(self.rows)
 
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """The folders whose files are not what was written, and what is wrong with them."""
+        _ = self.rows
+        return [(folder, problem) for folder, run in self.runs.items() for problem in run.problems]
+
     def _row(self, job: dict[str, Any]) -> dict[str, Any]:
-        run = Run(self.path.parent / job["folder"])
+        folder = clean_text(os.path.normpath(self.path.parent / job["folder"]))
+        run = self.runs.setdefault(folder, Run(self.path.parent / job["folder"]))
         done = run.status == FINISHED and run.results.get("config_hash") == job["name"]
         # A score that is no number (a run that diverged) is no score.
         metrics = {name: x for name, x in run.metrics.items() if math.isfinite(x)} if done else {}
         value = metrics.get(self.plan["metrics"][job["task"]])
         status = run.status if run.record else "planned"
+        reason = run.record.get("error") or ""
         if status == FINISHED and value is None:
             status = SCORELESS if done else OTHER
+            reason = _lacking(self.plan["metrics"][job["task"]], run) if done else "results.json is of another run"
+        if run.problems:
+            status, reason = UNREADABLE, "; ".join(run.problems)
         others = {key: value for key, value in job["settings"].items() if not is_repetition(key)}
+        costs = {key: run.results.get(key) if done else None for key in COSTS}
+        run.slim()
         return {
             "job": job["name"],
             "task": job["task"],
@@ -134,56 +178,81 @@ class SweepResults:
             "learning_rate": job["learning_rate"],
             "others": json.dumps(others, sort_keys=True),
             "status": status,
+            "reason": reason,
             "value": value,
             "selection": metrics.get(self.plan["selections"][job["task"]]),
-            "folder": str(run.folder),
+            "folder": folder,
             "command": job["command"],
-        } | {key: run.results.get(key) if done else None for key in COSTS}
+        } | costs
+
+    def _leave_out_what_was_not_validated(self, cell: list[dict[str, Any]]) -> None:
+        """To choose among several learning rates, a run without a validation could only be judged by the test set."""
+        if len({row["learning_rate"] for row in cell}) == 1:
+            return
+        for row in cell:
+            if row["value"] is not None and row["selection"] is None:
+                lacking = _lacking(self.plan["selections"][row["task"]], self.runs[row["folder"]])
+                row["reason"] = (
+                    f"{lacking}, by which the learning rate is chosen; its test score, {row['value']:.4g}, counts nowhere"
+                )
+                row["status"], row["value"] = UNVALIDATED, None
 
     @cached_property
     def cells(self) -> list[Cell]:
         """Of every task, variant and other setting of which something is finished, in the order of the plan."""
-        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-        for row in self.rows:
-            groups.setdefault((row["task"], row["variant"], row["others"]), []).append(row)
-        found = []
-        for rows in groups.values():
-            done = [row for row in rows if row["value"] is not None]
-            if done:
-                found.append(self._cell(done, len(rows)))
-        return found
+        return [self._cell(rows) for rows in _by_cell(self.rows) if any(row["value"] is not None for row in rows)]
 
-    def _cell(self, done: list[dict[str, Any]], planned: int) -> Cell:
-        task = done[0]["task"]
+    def _cell(self, rows: list[dict[str, Any]]) -> Cell:
+        task = rows[0]["task"]
         lower = self.lower_is_better(task)
+        done = [row for row in rows if row["value"] is not None]
         by_rate: dict[float, dict[int, float]] = {}
-        selections: dict[float, list[float]] = {}
         for row in done:
             by_rate.setdefault(row["learning_rate"], {})[row["seed"]] = row["value"]
-            # A run that was not validated is judged by what there is.
-            judged = row["value"] if row["selection"] is None else row["selection"]
-            selections.setdefault(row["learning_rate"], []).append(judged)
         best = min if lower else max
-        # A rate that diverges on one seed is no better for having fewer runs counted: unfinished runs are the report's to show.
-        rate = best(selections, key=lambda rate: sum(selections[rate]) / len(selections[rate]))
+        rate, remarks = self._chosen(rows, best)
         chosen = [row for row in done if row["learning_rate"] == rate]
         costs = {key: [row[key] for row in chosen if row[key] is not None] for key in COSTS}
         return Cell(
             task=task,
-            variant=done[0]["variant"],
-            others=json.loads(done[0]["others"]),
+            variant=rows[0]["variant"],
+            others=json.loads(rows[0]["others"]),
             metric=self.plan["metrics"][task],
             lower_is_better=lower,
             rate=rate,
             by_seed=by_rate[rate],
             best=best(row["value"] for row in done),
             runs=len(done),
-            planned=planned,
+            planned=len(rows),
             by_rate=by_rate,
             folders={f"{row['learning_rate']}/{row['seed']}": row["folder"] for row in done},
             costs={key: sum(values) / len(values) for key, values in costs.items() if values},
             commands=[row["command"] for row in chosen],
+            remarks=remarks,
         )
+
+    def _chosen(self, rows: list[dict[str, Any]], best: Callable[..., float]) -> tuple[float, list[str]]:
+        """The learning rate that is best on the validation set, and what must be known of the choice."""
+        done = [row for row in rows if row["value"] is not None]
+        planned = Counter(row["learning_rate"] for row in rows)
+        if len(planned) == 1:
+            without = sum(row["selection"] is None for row in done)
+            told = f"{without} of {len(done)} finished runs have no validation; there is one learning rate, so nothing was chosen"
+            return done[0]["learning_rate"], [told] if without else []
+        selections: dict[float, list[float]] = {}
+        for row in done:
+            selections.setdefault(row["learning_rate"], []).append(row["selection"])
+        means = {rate: fsum(values) / len(values) for rate, values in selections.items()}
+        equal = sorted(rate for rate, mean in means.items() if mean == best(means.values()))
+        remarks = []
+        if len(equal) > 1:
+            rates = " and ".join(f"{rate:g}" for rate in equal)
+            remarks.append(f"learning rates {rates} are equally good on the validation set: the smallest was taken")
+        # A rate that diverges on one seed is no better for having fewer runs counted, so it must be said.
+        if len(done) < len(rows):
+            counts = ", ".join(f"{len(selections.get(r, []))} of {planned[r]} at {r:g}" for r in sorted(planned))
+            remarks.append(f"its learning rate was chosen while runs are missing ({counts})")
+        return equal[0], remarks
 
     def lower_is_better(self, task: str) -> bool:
         """For losses, perplexities, bits per byte and divergences."""
@@ -204,8 +273,14 @@ class SweepResults:
             [c for c in self.cells if (c.task, c.variant) == (task, name)]
             for name in (statement.better, statement.than)
         ]
-        outcome, reason, found = INCONCLUSIVE, "runs are missing", None
+        outcome, reason, found = INCONCLUSIVE, "runs are missing" + self._missing(statement, task), None
         best = None
+        remarks = [
+            f"{cell.variant}{_words(cell.others)}: {remark}"
+            for side in sides
+            for cell in side
+            for remark in cell.remarks
+        ]
         if all(sides):
             found = compare(*sides)
             best = _best(sides[0]) - _best(sides[1])
@@ -213,7 +288,14 @@ class SweepResults:
                 best = -best
         if found is not None:
             outcome, reason = judge(found, statement.by)
-        return Verdict(statement, task, metric, outcome, found, best, reason)
+        return Verdict(statement, task, metric, outcome, found, best, reason, remarks)
+
+    def _missing(self, statement: Statement, task: str) -> str:
+        """How the runs stand that a statement would need, where that is more than that they have not been run."""
+        asked = (statement.better, statement.than)
+        rows = [row for row in self.rows if row["task"] == task and row["variant"] in asked and row["value"] is None]
+        counts = Counter(row["status"] for row in rows)
+        return f" ({', '.join(f'{count} {status}' for status, count in counts.items())})" if counts else ""
 
     @property
     def outcome(self) -> str:
@@ -246,10 +328,10 @@ def judge(found: Difference, by: float) -> tuple[str, str]:
     # Scores are shares of a few hundred answers: 0.7 - 0.4 is meant to be 0.3.
     by -= ROUNDING
     low, high = min(found.student.low, found.bootstrap.low), max(found.student.high, found.bootstrap.high)
-    numbers = (
-        f"{_signed(found.mean)}, 95% t [{_signed(found.student.low)}, {_signed(found.student.high)}], "
-        f"bootstrap [{_signed(found.bootstrap.low)}, {_signed(found.bootstrap.high)}], {found.pairs} pairs"
-    )
+    intervals = f"95% t {_bracketed(found.student)}, bootstrap {_bracketed(found.bootstrap)}"
+    if found.clusters == 1:
+        intervals = "one seed, so no interval"
+    numbers = f"{_signed(found.mean)}, {intervals}, {found.pairs} pair{'' if found.pairs == 1 else 's'}"
     if found.unpaired:
         numbers += f" ({found.unpaired} runs without a partner)"
     if found.clusters < SEEDS_NEEDED:
@@ -262,66 +344,58 @@ def _best(cells: list[Cell]) -> float:
     return sum(cell.best for cell in cells) / len(cells)
 
 
-def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[Job], root: Path, command: str) -> None:
-    """Writes down the plan of a sweep, whole enough for a report to need nothing else but the runs.
+def find_sweeps(root: Path, problems: list[tuple[str, str]] | None = None) -> list[SweepResults]:
+    """All sweeps whose manifest lies below a folder, by name; one that cannot be read is reported and left out.
 
     Args:
-        path: ``manifest.json``; folders of jobs are stored relative to it, so that logs/ can be moved as a whole.
-        name: of the sweep.
-        scale: of the sweep.
-        sweep: the plan.
-        jobs: of the plan.
-        root: folder of all jobs.
-        command: that runs the sweep again.
+        root: the folder.
+        problems: gets the manifests that are left out, and why.
     """
-    content: dict[str, Any] = {
-        "name": name,
-        "scale": scale,
-        "title": sweep.title,
-        "note": sweep.note,
-        "source": sweep.source,
-        "metrics": {task: sweep.metric_of(task) for task in sweep.tasks},
-        "selections": {task: sweep.selection_of(task) for task in sweep.tasks},
-        "variants": list(sweep.variants),
-        "axes": sweep.axes,
-        "expect": [asdict(statement) for statement in sweep.expect],
-        "match": asdict(sweep.match) if sweep.match else None,
-        "published": sweep.published,
-        "command": command,
-        "jobs": [
-            {
-                "name": job.name,
-                "task": job.task,
-                "variant": job.variant,
-                "settings": job.settings,
-                "seed": job.seed,
-                "learning_rate": job.learning_rate,
-                "folder": os.path.relpath(job.folder(root), path.parent),
-                "command": job.command,
-            }
-            for job in jobs
-        ],
-    }
-    write_json(path, content)
-
-
-def find_sweeps(root: Path) -> list[SweepResults]:
-    """All sweeps whose manifest lies below a folder, by name; one that this version cannot read is reported and left out."""
     found = []
-    for path in root.rglob("manifest.json"):
+    for path in find(root, "manifest.json", problems):
         try:
             sweep = SweepResults(path)
-            found.append((sweep.name, sweep.plan["scale"], sweep))
-        except (ValueError, KeyError, TypeError) as error:
+        except (Unreadable, FileNotFoundError) as error:
+            shown = clean_text(str(path))
             log.warning(
-                f"{path} is left out, this version cannot read it ({error}); the command that wrote it writes it anew"
+                f"{shown} is left out, this version cannot read it ({error}); the command that wrote it writes it anew"
             )
+            if problems is not None:
+                problems.append((shown, str(error)))
+        else:
+            found.append((sweep.name, sweep.plan["scale"], sweep))
     return [sweep for _, _, sweep in sorted(found, key=lambda row: (_counted(row[0]), row[1]))]
+
+
+def outside_of(sweeps: list[SweepResults], root: Path, problems: list[tuple[str, str]] | None = None) -> list[Run]:
+    """The runs below a folder that are no job of any sweep; ``problems`` gets the folders that cannot be looked into."""
+    jobs = {os.path.realpath(sweep.path.parent / job["folder"]) for sweep in sweeps for job in sweep.plan["jobs"]}
+    return find_runs(root, problems, but=jobs)
+
+
+def _by_cell(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["variant"], row["others"]), []).append(row)
+    return list(groups.values())
+
+
+def _lacking(metric: str, run: Run) -> str:
+    value = run.metrics.get(metric)
+    return f"{metric} was not measured" if value is None else f"{metric} is {value}"
+
+
+def _words(others: dict[str, Any]) -> str:
+    return "".join(f", {key.rpartition('.')[2]}={value}" for key, value in others.items())
 
 
 def _counted(name: str) -> list[Any]:
     """A key by which R2 comes before R10."""
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
+
+
+def _bracketed(interval: Interval) -> str:
+    return f"[{_signed(interval.low)}, {_signed(interval.high)}]" if math.isfinite(interval.low) else "–"
 
 
 def _signed(value: float) -> str:

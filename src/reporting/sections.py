@@ -9,13 +9,14 @@ from typing import Any
 from src.reporting import figures
 from src.reporting.figures import COSTS_SHOWN, Figure
 from src.reporting.palette import Look
-from src.reporting.registry import FINISHED, Run
-from src.reporting.tables import MOST_POINTS, Line, Row, SweepTables, of_row
+from src.reporting.runs import FINISHED, Run
+from src.reporting.tables import Line, Row, SweepTables, of_row
 from src.reporting.wording import (
     MARKS,
     NOTHING,
     TONES,
     compact,
+    duration,
     interval,
     known,
     metric_words,
@@ -27,9 +28,9 @@ from src.reporting.wording import (
     smallest_p,
     title,
 )
-from src.sweeps.cost import duration
-from src.sweeps.plan import is_repetition
+from src.sweeps.statements import is_repetition
 
+MOST_ROWS = 1000  # of a table on the page; its CSV file has all of them
 Add = Callable[[Figure | None], dict[str, Any] | None]  # puts a figure on the page
 COST_NAMES = {
     "parameters": ("parameters", ""),
@@ -107,15 +108,29 @@ class Section:
         }
         found |= self.outcome() | {"verdicts": [self.verdict(line) for line in self.tables.verdicts]}
         found |= {"forest": self.rows(figures.forest(self.tables))} | self.heat()
+        found["remarks"] = [
+            (f"{row_name(line['task'], line['setting'])}, {line['variant']}", line["remarks"])
+            for line in self.tables.scores
+            if line["remarks"]
+        ]
         found |= {"jobs": [self.job(job) for job in self.tables.jobs], "scores": self.scores()}
         found["unfinished"] = [job for job in found["jobs"] if not job["done"]]
         found |= {"curves": self.curves(), "rates": self.rates(), "groups": self.groups(), "costs": self.costs()}
-        found["thinned"] = any(len(part) >= MOST_POINTS // 2 for part in self._parts_of_curves())
+        found["thinned"] = any(len(part) >= self.tables.most_points // 2 for part in self._parts_of_curves())
         found |= self.differences() | self.matched() | self.beside()
+        found |= {"legends": self.legends(), "most_rows": MOST_ROWS}
         empty = {key for key in ("curves", "rates", "groups", "costs", "published") if not found[key]}
         empty -= {"published"} if self.problems else set()
         found["parts"] = [(key, text) for key, text in PARTS.items() if key not in empty]
         return found
+
+    def legends(self) -> dict[str, list[str]]:
+        """The variants that each kind of figure has something of."""
+        tables = self.tables
+        of_kind = {"curves": tables.curves, "rates": tables.rates, "groups": tables.groups}
+        there = {kind: {line["variant"] for line in lines} for kind, lines in of_kind.items()}
+        there["costs"] = {line["variant"] for line in tables.scores if known(line["mean"])}
+        return {kind: [name for name in tables.variants if name in names] for kind, names in there.items()}
 
     def where(self, task: str) -> dict[str, str]:
         """What a filter goes by."""
@@ -141,6 +156,7 @@ class Section:
                 ("best runs", scored(line["best_difference"], line["metric"], signed=True)),
             ]
             remark = "One seed has no interval." if line["seeds"] < 2 else ""
+        remark = " ".join(part for part in (remark, _sentence(line["remarks"])) if part)
         look = {"tone": TONES.get(line["outcome"], "unsure"), "mark": MARKS[line["outcome"]]}
         return line | look | {"numbers": numbers, "remark": remark} | self.where(line["task"])
 
@@ -158,6 +174,8 @@ class Section:
         bounded = ["accuracy" in self.plan["metrics"][task] for task in self.tables.tasks]
         coloured = "" if all(bounded) else "Colours go from the worst to the best of each row"
         coloured += "; accuracies are coloured from 0 to 1." if any(bounded) and coloured else "." if coloured else ""
+        if coloured:
+            coloured += " The two end colours mean a difference of at least twice its uncertainty; a smaller one stays in the middle."
         return {"heat": maps, "coloured": coloured, "scale_ends": ("0", "1") if all(bounded) else ("worst", "best")}
 
     def rows(self, figure: Figure | None) -> dict[str, Any] | None:
@@ -178,6 +196,7 @@ class Section:
                 if line["seeds"] < line["seeds_planned"]
                 else line["seeds"],
                 "rate": rate(line["learning_rate"]),
+                "remarks": line["remarks"],
                 "best": scored(line["best"], line["metric"]),
                 "runs": f"{line['runs']} of {line['planned']}" if line["runs"] < line["planned"] else line["runs"],
                 "chance": number(line["chance"]),
@@ -202,6 +221,7 @@ class Section:
                 ("best over learning rates", scored(line["best"], line["metric"])),
                 ("runs", f"{line['runs']} of {line['planned']} finished"),
             ]
+            pairs += [("note", _sentence(line["remarks"]))] if line["remarks"] else []
             runs = [
                 {
                     "name": f"seed {job['seed']}, {scored(job['value'], line['metric']) if known(job['value']) else job['status']}"
@@ -356,6 +376,10 @@ class Section:
         for line in self.tables.curves:
             parts.setdefault(tuple(line[key] for key in ("task", "setting", "variant", "quantity")), []).append(line)
         return list(parts.values())
+
+
+def _sentence(remarks: str) -> str:
+    return f"{remarks[0].upper()}{remarks[1:]}." if remarks else ""
 
 
 def facts(tables: SweepTables, statuses: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
-from scipy.stats import permutation_test
 
 MOST_RESAMPLES = 50_000  # up to which all resamples are enumerated: nine clusters are 24,310, ten 92,378
 DRAWS = 10_000  # of Monte Carlo beyond that; of the sign-flip test from 14 differences on, as 2^13 < 10,000 < 2^14
@@ -131,6 +130,8 @@ def sign_flip_test(differences: ArrayLike) -> float:
     x = _numbers(differences)
     if len(x) == 1:
         return 1.0
+    from scipy.stats import permutation_test  # half a second and 50 MB, for reports that compare something
+
     # In sorted order the drawn signs meet the same differences in whichever order the runs were read.
     found = permutation_test(
         (np.sort(x),),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from functools import cached_property
@@ -16,14 +15,15 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from src.reporting.registry import COSTS, Run
 from src.reporting.results import Cell, SweepResults, compare
+from src.reporting.runs import COSTS, Run
 from src.reporting.statistics import Difference, holm
-from src.reporting.wording import in_words, known, short_settings
+from src.reporting.wording import half_interval, in_words, known, short_settings
 
 MOST_POINTS = 300  # of a curve; beyond that, neighbouring steps are averaged
+FEWEST_POINTS = 60  # to which that goes down where there are so many curves that the page would be too large
+ALL_POINTS = 60_000  # of all curves of a sweep
 RATE_KEYS = ("task", "setting", "variant", "learning_rate")
 GROUP = re.compile(r"test/accuracy/([A-Za-z_]+)(\d+)\+?")  # hop4, depth6+
 
@@ -36,6 +36,26 @@ class Row(NamedTuple):
 
     task: str
     setting: str
+
+
+class Table(list[Line]):
+    """Lines that are looked up by row and by cell again and again; not changed once they are."""
+
+    @cached_property
+    def by_row(self) -> dict[Row, list[Line]]:
+        """The lines of every row."""
+        found: dict[Row, list[Line]] = {}
+        for line in self:
+            found.setdefault(Row(line["task"], line["setting"]), []).append(line)
+        return found
+
+    @cached_property
+    def by_cell(self) -> dict[tuple[Row, str], list[Line]]:
+        """The lines of every row and variant."""
+        found: dict[tuple[Row, str], list[Line]] = {}
+        for line in self:
+            found.setdefault((Row(line["task"], line["setting"]), line["variant"]), []).append(line)
+        return found
 
 
 class SweepTables:
@@ -51,27 +71,26 @@ class SweepTables:
         self.tasks: list[str] = list(sweep.plan["metrics"])
 
     @cached_property
-    def jobs(self) -> list[Line]:
+    def jobs(self) -> Table:
         """One line a job: what the plan says, how it stands, what it scored, its command."""
-        found = []
+        found = Table()
         for row in self.sweep.rows:
-            line: Line = row | {key: row[key] if known(row[key]) else None for key in ("value", "selection", *COSTS)}
-            line["setting"] = short_settings(json.loads(line["others"]))
-            line["error"] = self.runs[line["folder"]].record.get("error") or ""
-            line["folder"] = os.path.normpath(line["folder"])
-            found.append(line)
+            line: Line = {key: value for key, value in row.items() if key != "reason"}
+            line |= {key: row[key] if known(row[key]) else None for key in ("value", "selection", *COSTS)}
+            found.append(line | {"setting": short_settings(json.loads(row["others"])), "error": row["reason"]})
         return found
 
-    @cached_property
+    @property
     def runs(self) -> dict[str, Run]:
         """The runs by folder, whether or not there is anything."""
-        return {row["folder"]: Run(row["folder"]) for row in self.sweep.rows}
+        _ = self.sweep.rows
+        return self.sweep.runs
 
     @cached_property
     def rows(self) -> list[Row]:
         """All of the plan: tasks in its order, and their settings."""
-        found = dict.fromkeys(Row(line["task"], line["setting"]) for line in self.jobs)
-        return sorted(found, key=lambda row: self.tasks.index(row.task))
+        places = {task: place for place, task in enumerate(self.tasks)}
+        return sorted(self.jobs.by_row, key=lambda row: places[row.task])
 
     @cached_property
     def cells(self) -> dict[tuple[Row, str], Cell]:
@@ -93,9 +112,9 @@ class SweepTables:
         return None
 
     @cached_property
-    def scores(self) -> list[Line]:
+    def scores(self) -> Table:
         """One line a cell: both scores, the interval, seeds, what is unfinished, costs."""
-        found = []
+        found = Table()
         for row in self.rows:
             for variant in self.variants:
                 if jobs := of_row(self.jobs, row, variant):
@@ -123,27 +142,43 @@ class SweepTables:
             "planned": len(jobs),
             "unfinished": ", ".join(f"{count} {status}" for status, count in left.items()),
             "chance": self.chance(row),
+            "remarks": "; ".join(cell.remarks) if cell else "",
         } | {key: cell.costs.get(key) if cell else None for key in COSTS}
 
+    def uncertainty(self, row: Row) -> float | None:
+        """Half the width of Student's interval of the difference between the best and the worst variant of a row, paired by seed."""
+        cells = [self.cells[row, variant] for variant in self.variants if (row, variant) in self.cells]
+        if len(cells) < 2:
+            return None
+        found = compare([max(cells, key=lambda cell: cell.mean)], [min(cells, key=lambda cell: cell.mean)])
+        return half_interval(*found.student) if found else None
+
     @cached_property
-    def seeds(self) -> list[Line]:
+    def seeds(self) -> Table:
         """One line a finished run: scores on the test and the validation set over learning rates and seeds."""
         columns = ("task", "setting", "variant", "learning_rate", "seed", "value", "selection")
-        return [
+        return Table(
             {key: job[key] for key in columns}
             | {"chosen": job["learning_rate"] == self.cells[Row(job["task"], job["setting"]), job["variant"]].rate}
             for job in self.jobs
             if job["value"] is not None
-        ]
+        )
 
     @cached_property
-    def rates(self) -> list[Line]:
+    def rates(self) -> Table:
         """One line a cell and learning rate: means over seeds, and which rate was chosen."""
         groups: dict[tuple[Any, ...], list[Line]] = {}
         for line in self.seeds:
             groups.setdefault(tuple(line[key] for key in RATE_KEYS), []).append(line)
-        found = []
-        for key, lines in sorted(groups.items(), key=lambda item: self._place(item[0])):
+        found = Table()
+        rows = {row: place for place, row in enumerate(self.rows)}
+        variants = {variant: place for place, variant in enumerate(self.variants)}
+
+        def place(key: tuple[Any, ...]) -> tuple[int, int, float]:
+            task, setting, variant, learning_rate = key
+            return rows[Row(task, setting)], variants[variant], learning_rate
+
+        for key, lines in sorted(groups.items(), key=lambda item: place(item[0])):
             selections = [line["selection"] for line in lines if line["selection"] is not None]
             found.append(
                 dict(zip(RATE_KEYS, key, strict=True))
@@ -152,28 +187,32 @@ class SweepTables:
             )
         return found
 
-    def _place(self, key: tuple[Any, ...]) -> tuple[int, int, float]:
-        task, setting, variant, learning_rate = key
-        return self.rows.index(Row(task, setting)), self.variants.index(variant), learning_rate
-
     @cached_property
-    def curves(self) -> list[Line]:
+    def curves(self) -> Table:
         """Training loss and the validation metric over steps at the best learning rate: mean, lowest and highest of the seeds."""
-        found = []
+        found = Table()
+        most = self.most_points
         for (row, variant), cell in self.cells.items():
-            for quantity in ("train/loss", self.sweep.plan["selections"][row.task]):
-                curves = {i: run.curve(quantity) for i, run in enumerate(self.runs_of(cell))}
-                band = _band(pd.DataFrame(curves))
-                found += [
-                    {"task": row.task, "setting": row.setting, "variant": variant, "quantity": quantity} | point
-                    for point in band
-                ]
+            quantities = list(dict.fromkeys(("train/loss", self.sweep.plan["selections"][row.task])))
+            curves = [run.curves(quantities) for run in self.runs_of(cell)]
+            for quantity in quantities:
+                head = {"task": row.task, "setting": row.setting, "variant": variant, "quantity": quantity}
+                found += [head | point for point in _band([curve[quantity] for curve in curves], most)]
         return found
 
+    @property
+    def most_points(self) -> int:
+        """Of a curve, so that all of them together are not too many."""
+        return min(max(ALL_POINTS // (2 * len(self.cells) or 1), FEWEST_POINTS), MOST_POINTS)
+
+    def forget_curves(self) -> None:
+        """Gives back what most of the memory is for."""
+        self.__dict__.pop("curves", None)
+
     @cached_property
-    def groups(self) -> list[Line]:
+    def groups(self) -> Table:
         """Accuracy by difficulty, from metrics such as test/accuracy/hop4: mean, lowest and highest of the seeds."""
-        found = []
+        found = Table()
         for (row, variant), cell in self.cells.items():
             values: dict[tuple[str, int, str], list[float]] = {}
             for run in self.runs_of(cell):
@@ -203,6 +242,7 @@ class SweepTables:
             }
             | numbers_of(verdict.difference)
             | {"best_difference": verdict.best_difference, "reason": verdict.reason}
+            | {"remarks": "; ".join(verdict.remarks)}
             for verdict in self.sweep.verdicts
         ]
 
@@ -245,6 +285,8 @@ def finite(value: float | None) -> float | None:
 
 def of_row(lines: list[Line], row: Row, variant: str | None = None) -> list[Line]:
     """The lines that belong to a row, or to a cell."""
+    if isinstance(lines, Table):
+        return lines.by_row.get(row, []) if variant is None else lines.by_cell.get((row, variant), [])
     return [
         line
         for line in lines
@@ -252,14 +294,15 @@ def of_row(lines: list[Line], row: Row, variant: str | None = None) -> list[Line
     ]
 
 
-def _band(curves: pd.DataFrame) -> list[Line]:
-    """Mean, lowest and highest over the columns, at the steps that all of them have (or any, if there is none that all have)."""
-    whole = curves.dropna()
-    table = (whole if len(whole) else curves).sort_index()
-    if table.empty:
+def _band(curves: list[dict[int, float]], most: int = MOST_POINTS) -> list[Line]:
+    """Mean, lowest and highest over the curves, at the steps that all of them have (or any, if there is none that all have)."""
+    common = set(curves[0]).intersection(*curves[1:]) if curves else set()
+    places = sorted(common or set().union(*curves))
+    if not places:
         return []
-    values, steps = table.to_numpy(dtype=float), table.index.to_numpy(dtype=float)
-    every = -(-len(steps) // MOST_POINTS)
+    values = np.array([[curve.get(step, math.nan) for curve in curves] for step in places], dtype=float)
+    steps = np.array(places, dtype=float)
+    every = -(-len(steps) // most)
     found = []
     for start in range(0, len(steps), every):
         part = values[start : start + every]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from src.evaluation.evaluators import lower_is_better
+from src.evaluation.names import lower_is_better
 from src.reporting.results import CONFIRMED, CONTRADICTED, INCONCLUSIVE, SweepResults, Verdict
 
 NOTHING = "–"
@@ -57,6 +57,14 @@ def interval(low: Any, high: Any, signed: bool = False) -> str:
 def half_interval(low: Any, high: Any) -> float | None:
     """What stands behind ±."""
     return (high - low) / 2 if known(low) and known(high) else None
+
+
+def duration(seconds: float) -> str:
+    """Such as 42 s, 12 min, 3.5 h, 2.1 days."""
+    for limit, unit, name in ((100, 1, "s"), (100 * 60, 60, "min"), (72 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}" if name != "h" else f"{seconds / unit:.1f} h"
+    return f"{seconds / 86_400:.1f} days"
 
 
 def compact(value: Any, unit: str = "") -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import statistics
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from src.build import model_from_config
 from src.components.backbone import Backbone
 from src.config import instantiate
 from src.datamodules.base import StreamDataModule
-from src.reporting.registry import Run
+from src.reporting.runs import Run
+from src.reporting.wording import duration
 from src.sweeps.jobs import is_finished
 from src.sweeps.plan import Job, Match, is_repetition
 
@@ -25,25 +28,41 @@ CPU_RATE, GPU_RATE = 3e10, 2e14
 START = 10.0  # seconds: imports, data, the first compilation
 
 
-def estimates(jobs: list[Job], root: Path) -> dict[str, float]:
+def estimates(jobs: list[Job], root: Path, told: Callable[[str], object] = lambda words: None) -> dict[str, float]:
     """Seconds by job name; 0 for what is finished.
 
-    Runs of other seeds and learning rates are of the same kind: their median is the estimate.
+    Runs of other seeds and learning rates are of the same kind: their median is the estimate. Kinds of which nothing is measured are
+    guessed from arithmetic, and the guess is corrected by how far it was off for those that are.
     """
     measured: dict[str, list[float]] = {}
     done: set[str] = set()
     for job in jobs:
-        run = Run(job.folder(root))
         if is_finished(job, root):
             done.add(job.name)
-            measured.setdefault(_kind(job), []).append(float(run.results["seconds"]))
-    flops = {kind: training_flops(job) for kind, job in {_kind(job): job for job in jobs}.items()}
-    found = {}
-    for job in jobs:
-        kind = _kind(job)
-        guess = START + flops[kind] / (GPU_RATE if on_gpu(job) else CPU_RATE)
-        found[job.name] = 0.0 if job.name in done else statistics.median(measured.get(kind, [guess]))
-    return found
+            measured.setdefault(kind_of(job), []).append(float(Run(job.folder(root)).results["seconds"]))
+    kinds = {kind_of(job): job for job in jobs}
+    guesses: dict[str, float] = {}
+    for number, (kind, job) in enumerate(kinds.items(), start=1):
+        told(f"counting operations, {number:,} of {len(kinds):,} models")
+        guesses[kind] = START + training_flops(job) / (GPU_RATE if on_gpu(job) else CPU_RATE)
+    found = corrected(guesses, measured)
+    return {job.name: 0.0 if job.name in done else found[kind_of(job)] for job in jobs}
+
+
+def corrected(guesses: Mapping[str, float], measured: Mapping[str, list[float]]) -> dict[str, float]:
+    """Seconds of each kind: what was measured, or the guess times how much longer than guessed the others took."""
+    medians = {kind: statistics.median(values) for kind, values in measured.items() if values}
+    ratios = [medians[kind] / guesses[kind] for kind in medians if guesses.get(kind)]
+    ratio = statistics.median(ratios) if ratios else 1.0
+    return {kind: medians.get(kind, guess * ratio) for kind, guess in guesses.items()}
+
+
+def makespan(seconds: Iterable[float], workers: int) -> float:
+    """How long jobs take in all, in this order, each on the worker that is free first: never less than the longest of them."""
+    free = [0.0] * max(1, workers)
+    for value in seconds:
+        heapq.heapreplace(free, free[0] + value)
+    return max(free)
 
 
 def training_flops(job: Job) -> float:
@@ -55,17 +74,21 @@ def training_flops(job: Job) -> float:
 
 def net_of(job: Job) -> Backbone:
     """The model of a job, on the meta device."""
-    section = {key: job.config[key] | {"seed": 0} for key in ("data", "model")}
-    return _net(json.dumps(section, sort_keys=True))
+    model = dict(job.config["model"])
+    if not model["vocab_size"]:
+        model["vocab_size"] = _vocabulary(json.dumps(job.config["data"] | {"seed": 0}, sort_keys=True))
+    return _net(json.dumps(model | {"seed": 0}, sort_keys=True))
 
 
 @lru_cache(maxsize=4096)
-def _net(section: str) -> Backbone:
-    job = json.loads(section)
-    data: StreamDataModule = instantiate(job["data"], "data")
-    return model_from_config(
-        job["model"] | {"vocab_size": job["model"]["vocab_size"] or data.expected_vocab_size}, "meta"
-    )
+def _net(model: str) -> Backbone:
+    return model_from_config(json.loads(model), "meta")
+
+
+@lru_cache(maxsize=4096)
+def _vocabulary(data: str) -> int:
+    datamodule: StreamDataModule = instantiate(json.loads(data), "data")
+    return datamodule.expected_vocab_size
 
 
 def on_gpu(job: Job) -> bool:
@@ -88,12 +111,29 @@ def print_plan(title: str, jobs: list[Job], root: Path, seconds: dict[str, float
         table.add_row(task, variant, str(len(members)), str(len(took)), f"{training_flops(members[0]):.1e}", shown)
     console = Console()
     console.print(table)
-    total = sum(seconds.values())
-    left = sum(value > 0 for value in seconds.values())
+    left = [seconds[job.name] for job in jobs if seconds[job.name]]
     console.print(
-        f"{left} of {len(jobs)} jobs to run, {where}: about {duration(total)} of work, {duration(total / workers)} in all",
+        f"{len(left)} of {len(jobs)} jobs to run, {where}: about {duration(sum(left))} of work, "
+        f"{duration(makespan(left, workers))} in all",
         highlight=False,
     )
+    if left:
+        console.print(assumptions(jobs, root, where), highlight=False)
+
+
+def assumptions(jobs: list[Job], root: Path, where: str) -> str:
+    """On what the expected times rest."""
+    measured = {kind_of(job) for job in jobs if is_finished(job, root)}
+    guessed = [job for job in {kind_of(job): job for job in jobs}.values() if kind_of(job) not in measured]
+    if not guessed:
+        return "Times are those of finished runs of the same kinds."
+    rates = [f"{GPU_RATE / 1e12:g} TFLOP/s on a GPU"] if any(map(on_gpu, guessed)) else []
+    rates += [f"{CPU_RATE / 1e9:g} GFLOP/s on the CPU"] if not all(map(on_gpu, guessed)) else []
+    found = f"Times assume {' and '.join(rates)}, which may be off by a factor of three"
+    found += ", corrected by what finished runs of other kinds took." if measured else "."
+    if any(map(on_gpu, jobs)) and "on the CPU" in where:
+        found += " These jobs ask for a GPU, and none is visible here: on this machine they would not run."
+    return found
 
 
 def print_matched(jobs: list[Job], match: Match) -> None:
@@ -101,7 +141,7 @@ def print_matched(jobs: list[Job], match: Match) -> None:
     table = Table(title=f"{match.budget} of {match.to}, by {match.change}", title_justify="left")
     for column in ("task", "variant", "width", "depth", "parameters", "FLOPs a token", "state"):
         table.add_column(column, justify="left" if column in ("task", "variant") else "right")
-    kinds = list({_kind(job): job for job in jobs}.values())
+    kinds = list({kind_of(job): job for job in jobs}.values())
     for job in kinds:
         like = next(j for j in kinds if (j.task, j.variant, _asked(j)) == (job.task, match.to, _asked(job)))
         own, its = (_budgets(net_of(j), j.config["data"]["window"] - 1) for j in (job, like))
@@ -114,14 +154,6 @@ def _budgets(net: Backbone, seq_len: int) -> tuple[int, int, int]:
     return net.count_parameters(), net.flops_per_token(seq_len), net.state_size(seq_len)
 
 
-def duration(seconds: float) -> str:
-    """Such as 42 s, 12 min, 3.5 h, 2.1 days."""
-    for limit, unit, name in ((100, 1, "s"), (100 * 60, 60, "min"), (72 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}" if name != "h" else f"{seconds / unit:.1f} h"
-    return f"{seconds / 86_400:.1f} days"
-
-
 def print_jobs(jobs: list[Job], seconds: dict[str, float]) -> None:
     """A line each: hash, task, variant, settings, expected time or that it is done; then how to run one alone."""
     for job in jobs:
@@ -130,7 +162,8 @@ def print_jobs(jobs: list[Job], seconds: dict[str, float]) -> None:
     print(f"\nthe first of them: {jobs[0].command}")
 
 
-def _kind(job: Job) -> str:
+def kind_of(job: Job) -> str:
+    """What runs of other seeds and learning rates have in common."""
     return json.dumps([job.task, job.variant, _asked(job)], sort_keys=True)
 
 

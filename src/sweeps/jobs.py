@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from src.checkpoints.files import first_whole
 from src.checkpoints.integrity import by_age, step_of
-from src.reporting.registry import Run
+from src.config import ConfigError
+from src.overrides import as_override
+from src.reporting.runs import Run
 from src.sweeps.plan import Job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,12 +42,18 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
         tidy: put checkpoints that cannot be gone on from out of the way; for one of the processes that run the job together.
     """
     folder = job.folder(root)
-    command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, f"hydra.run.dir={folder}"]
+    if "${" in str(folder):
+        raise ConfigError(
+            f"{folder}: Hydra takes ${{ in the name of a folder for an interpolation; choose another jobs_dir="
+        )
+    # Hydra sets the second key from the first, and would take an interpolation in the name of a folder for one.
+    where = [f"{key}={as_override(str(folder))}" for key in ("hydra.run.dir", "paths.output_dir")]
+    command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, *where]
     final = folder / "checkpoints" / "final.ckpt"
     checkpoint = first_whole(path for path in (final, *by_age(final.parent)) if path.exists())
     if checkpoint is not None:
         step = job.config["trainer"]["max_steps"] if checkpoint == final else step_of(checkpoint)
-        return Start([*command, f"ckpt_path={checkpoint}"], step)
+        return Start([*command, f"ckpt_path={as_override(str(checkpoint))}"], step)
     if tidy and any((folder / "checkpoints").glob("*.ckpt")):
         # None of them is whole, and a new run wants a folder without them.
         _set_aside(folder / "checkpoints")

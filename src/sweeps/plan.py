@@ -16,20 +16,15 @@ Jobs of the same configuration are the same job: what one sweep has run, another
 
 from __future__ import annotations
 
-import copy
 import itertools
-import re
-import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Transformer
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
@@ -37,47 +32,14 @@ from src.build import CONFIG_DIR, check_measured, compose_config, swept_over
 from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.matching import match_model
-from src.overrides import first_misspelt_key
+from src.overrides import as_override, first_misspelt_key, quoted
 from src.run import checked
+from src.sweeps.compositions import Composer
+from src.sweeps.kinds import check_kinds, check_texts
+from src.sweeps.statements import SEED, Match, Statement, is_repetition
 
-SEED, LEARNING_RATE = "seed", "optimizer.lr"
 RECIPE = "recipe"
 SMALLEST = "smoke"
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A checkable statement: ``better`` scores at least ``by`` more than ``than``.
-
-    With a negative ``by`` it says that something is at most so much worse. Scores are those of the best learning rate of
-    each, paired by seed.
-
-    Args:
-        better: a variant.
-        than: another.
-        by: least difference.
-        task: on which of the tasks; None for every one of them, which makes one statement each.
-    """
-
-    better: str
-    than: str
-    by: float = 0.0
-    task: str | None = None
-
-
-@dataclass(frozen=True)
-class Match:
-    """Makes variants as large as one of them.
-
-    Args:
-        budget: parameters, flops (per token) or state.
-        to: the variant that stays as it is.
-        change: width or depth of the others.
-    """
-
-    budget: str
-    to: str
-    change: str = "width"
 
 
 @dataclass(frozen=True)
@@ -117,11 +79,6 @@ class Job:
     def command(self) -> str:
         """What a shell would run again, from the folder of the repository."""
         return "python src/train.py " + " ".join(quoted(override) for override in self.overrides)
-
-
-def is_repetition(keys: str) -> bool:
-    """Whether an axis repeats a comparison (seeds) or tunes it (the learning rate), instead of asking something else."""
-    return bool({SEED, LEARNING_RATE} & set(keys.split(",")))
 
 
 @dataclass(frozen=True)
@@ -170,6 +127,7 @@ class Sweep:
     note: str | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         # YAML has mappings where these have classes.
         object.__setattr__(self, "expect", [_read(Statement, item) for item in self.expect])
         object.__setattr__(self, "match", None if self.match is None else _read(Match, self.match))
@@ -198,20 +156,31 @@ class Sweep:
         for key in changes:
             if key not in known:
                 raise ConfigError(f"sweep.scales.{scale}.{key}: no such key; {suggest(key, known)}")
+        check_texts(f"sweep.scales.{scale}.base", changes.get("base", []), "overrides, [seed=1, model=gla]")
         changes["base"] = [*self.base, *changes.get("base", [])]
-        return replace(self, **changes, scales={}).checked()
+        try:
+            return replace(self, **changes, scales={}).checked()
+        except ConfigError as error:
+            raise ConfigError(f"at scale {scale}: {error}") from error
 
-    def along(self, axes: Mapping[str, list[Any]]) -> Sweep:
+    def along(self, axes: Mapping[str, list[Any] | str]) -> Sweep:
         """With other values for some of its axes, each named by one of its keys.
 
         Raises:
             ConfigError: there is no such axis.
         """
         changed = dict(self.axes)
+        if not isinstance(axes, Mapping):
+            raise ConfigError(f"axes={axes!r}: a mapping, as in 'axes={{seed: [1, 2]}}'")
         for name, values in axes.items():
+            if not self.axes:
+                raise ConfigError(
+                    f"axes.{name}: this sweep has no axes, every combination is run once; give a value to all of its jobs with "
+                    f"'overrides=[\"{name}=...\"]'"
+                )
             keys = next((keys for keys in self.axes if name == keys or name in keys.split(",")), None)
             if keys is None:
-                raise ConfigError(f"axes.{name}: this sweep has no such axis; {suggest(name, self.axes)}")
+                raise ConfigError(f"axes.{name}: this sweep has no such axis; {suggest(str(name), self.axes)}")
             changed[keys] = values
         return replace(self, axes=changed).checked()
 
@@ -271,19 +240,29 @@ class Sweep:
         """By what the learning rate is chosen: never by the test set."""
         return self.select or self.metric_of(task).replace("test/", "val/", 1)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self, told: Callable[[str], object] = lambda words: None) -> list[Job]:
         """Every combination, in the order in which it is worth running: seeds come last, so that each is a whole comparison.
+
+        Args:
+            told: hears now and then how far it is.
 
         Raises:
             ConfigError: one of them cannot be; the message names it.
         """
+        with Composer() as composer:
+            return self._jobs(composer, told)
+
+    def _jobs(self, composer: Composer, told: Callable[[str], object]) -> list[Job]:
         found: dict[str, Job] = {}
         tried: set[str] = set()  # tasks and variants that have been held against all signatures
         matched: dict[str, list[str]] = {}
-        for task, variant, settings in self._combinations():
+        combinations = self._combinations()
+        for number, (task, variant, settings) in enumerate(combinations, start=1):
+            told(f"planning, {number:,} of {len(combinations):,} jobs")
             try:
                 overrides = self._overrides(task, variant) + self._matched(task, variant, settings, matched)
-                job = job_of(task, variant, settings, overrides, thorough=not {task, variant} <= tried)
+                thorough = not {task, variant} <= tried
+                job = job_of(task, variant, settings, overrides, thorough=thorough, composer=composer)
             except ConfigError as error:
                 raise ConfigError(f"{task}, {variant}, {settings}: {error}") from error
             if task not in tried:
@@ -358,7 +337,15 @@ class Sweep:
         return known[name]
 
 
-def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[str], *, thorough: bool = True) -> Job:
+def job_of(
+    task: str,
+    variant: str,
+    settings: dict[str, Any],
+    overrides: list[str],
+    *,
+    thorough: bool = True,
+    composer: Composer | None = None,
+) -> Job:
     """The job that these overrides, and then the settings, describe.
 
     Args:
@@ -367,27 +354,26 @@ def job_of(task: str, variant: str, settings: dict[str, Any], overrides: list[st
         settings: configuration key -> value.
         overrides: of everything else.
         thorough: hold the configuration against all signatures, and build its model without memory; else it is only resolved.
+        composer: of a plan with many jobs.
     """
+    if composer is None:
+        with Composer() as alone:
+            return job_of(task, variant, settings, overrides, thorough=thorough, composer=alone)
     values = {key: value for keys, value in settings.items() for key in keys.split(",")}
     chosen = {key for key in values if (CONFIG_DIR / key).is_dir()}
     groups = [f"{key}={as_override(values[key])}" for key in sorted(chosen)]
-    # Composing takes a tenth of a second, a copy a hundredth: thousands of jobs differ in seeds and rates alone.
+    # A folder that is the same for all: where a job is run does not belong to its configuration.
+    base = (*overrides, *groups, "paths.output_dir=here")
+    own_values = {key: value for key, value in values.items() if key not in chosen}
     try:
-        config = copy.deepcopy(_composed((*overrides, *groups)))
-        for key in values.keys() - chosen:
-            OmegaConf.update(config, key, values[key], merge=False)
+        config = composer.with_values(base, own_values) if thorough else None
+        plain = composer.resolved(base, own_values) if config is None else {}
     except (HydraException, OmegaConfBaseException) as error:
         own = [*overrides, *groups, *(f"{key}={as_override(values[key])}" for key in sorted(values.keys() - chosen))]
         raise ConfigError(first_misspelt_key("train", own) or str(error).splitlines()[0]) from error
-    plain = checked(config) if thorough else {k: v for k, v in to_plain(config).items() if k != "compare"}
+    plain = {key: value for key, value in plain.items() if key != "compare"} if config is None else checked(config)
     own = [f"{key}={as_override(value)}" for key, value in values.items()]
     return Job(task, variant, settings, [*overrides, *own], plain, experiment_hash(plain))
-
-
-@lru_cache(maxsize=64)
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    # A folder that is the same for all: where a job is run does not belong to its configuration.
-    return compose_config([*overrides, "paths.output_dir=here"])
 
 
 def _read(kind: type[Any], item: Any) -> Any:
@@ -405,21 +391,3 @@ def _read(kind: type[Any], item: Any) -> Any:
         raise ConfigError(
             f"sweep, {kind.__name__.lower()} {item}: {where}: {problem['msg']}; there are: {', '.join(kind.__dataclass_fields__)}"
         ) from None
-
-
-def quoted(word: str) -> str:
-    """A word as a shell takes it: ``"canon.positions=''"`` is easier to read than what shlex makes of it."""
-    return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
-
-
-def as_override(value: Any) -> str:
-    """A value as Hydra's override grammar writes it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return "[" + ",".join(as_override(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and not re.fullmatch(r"[\w./+-]+", value):
-        return "'" + value.replace("'", "\\'") + "'"
-    return str(value)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.sweeps.cost import duration
+from src.reporting.registry import Run
+from src.sweeps.cost import corrected, duration, kind_of, makespan
 from src.sweeps.jobs import is_finished
 from src.sweeps.plan import Job
 
@@ -16,6 +17,8 @@ class Progress:
         self.jobs, self.root, self.expected, self.workers = jobs, root, expected, workers
         self.done = {job.name for job in jobs if is_finished(job, root)}
         self.failed: set[str] = set()
+        self.guesses = {kind_of(job): expected[job.name] for job in jobs if expected[job.name]}
+        self.measured: dict[str, list[float]] = {}
 
     def __call__(self, job: Job, what: str, seconds: float) -> None:
         """Prints it."""
@@ -23,6 +26,9 @@ class Progress:
             if job.name in self.done:
                 return  # it was before we began
             self.done.add(job.name)
+            whole = Run(job.folder(self.root)).results.get("seconds", 0.0)  # of all attempts
+            if took_all := max(seconds, whole):
+                self.measured.setdefault(kind_of(job), []).append(took_all)
         if what == "failed":
             self.failed.add(job.name)
             what = f"failed, see {job.folder(self.root) / 'output.log'}"
@@ -35,8 +41,11 @@ class Progress:
         )
 
     def _ahead(self) -> str:
-        left = sum(self.expected[j.name] for j in self.jobs if j.name not in self.done | self.failed)
-        return f"; about {duration(left / self.workers)} left" if left else ""
+        by_kind = corrected(self.guesses, self.measured)
+        left = [
+            by_kind[kind_of(j)] for j in self.jobs if j.name not in self.done | self.failed and self.expected[j.name]
+        ]
+        return f"; about {duration(makespan(left, self.workers))} left" if left else ""
 
     def left(self) -> str:
         """How many jobs are finished."""

@@ -8,6 +8,7 @@ off is run to its end from its last checkpoint.
 from __future__ import annotations
 
 import csv
+import math
 import subprocess
 import time
 from collections.abc import Callable
@@ -62,9 +63,16 @@ class Search:
             raise ConfigError(f"sweep.metric={self.metric}: a search looks at the validation set, val/...")
         if self.trials < 1:
             raise ConfigError(f"sweep.trials={self.trials}: at least 1")
+        if not isinstance(self.space, dict):
+            raise ConfigError(
+                f"sweep.space={self.space!r}: a mapping, {{optimizer.lr: {{low: 1e-4, high: 1e-2, log: true}}}}"
+            )
         for key, values in self.space.items():
+            if not isinstance(values, dict):
+                raise ConfigError(f"sweep.space.{key}={values!r}: {{low, high}} with log or step, or {{choices}}")
             if set(values) != {"choices"} and not {"low", "high"} <= set(values) <= {"low", "high", "log", "step"}:
                 raise ConfigError(f"sweep.space.{key}={values}: {{low, high}} with log or step, or {{choices}}")
+            _check_range(f"sweep.space.{key}", values)
         if not self.space:
             raise ConfigError("sweep.space: at least one key, as in {optimizer.lr: {low: 1e-4, high: 1e-2, log: true}}")
 
@@ -206,12 +214,13 @@ class _Trials:
         return False
 
     def _tell(self, trial: Any, job: Job) -> None:
-        metrics = Run(job.folder(self.root)).metrics
-        if self.search.metric not in metrics:
-            raise ConfigError(
-                f"sweep.metric={self.search.metric}: not measured; there are: {', '.join(sorted(metrics))}"
-            )
-        self.study.tell(trial, metrics[self.search.metric])
+        """A trial without a validation, or whose validation is no number, is no trial: nothing else may stand in for it."""
+        value = Run(job.folder(self.root)).metrics.get(self.search.metric, math.nan)
+        if math.isfinite(value):
+            self.study.tell(trial, value)
+        else:
+            self.study.tell(trial, state=_state("FAIL"))
+            self.told(job, f"without a finite {self.search.metric}: does not count", 0.0)
 
 
 def write_trials(study: Any, search: Search, folder: Path) -> Path:
@@ -235,6 +244,19 @@ class _Trial:
     lock: Lock
     started: float
     reported: int = 0  # last step whose validation Optuna knows
+
+
+def _check_range(where: str, values: dict[str, Any]) -> None:
+    if "choices" in values:
+        if not isinstance(values["choices"], list) or not values["choices"]:
+            raise ConfigError(f"{where}.choices={values['choices']!r}: a list of values")
+        return
+    for name in ("low", "high", "step"):
+        value = values.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{where}.{name}={value!r}: a number")
+    if values["low"] > values["high"] or (values.get("log") and values["low"] <= 0):
+        raise ConfigError(f"{where}={values}: low is at most high, and positive on a logarithmic scale")
 
 
 def _suggested(trial: Any, key: str, space: dict[str, Any]) -> Any:

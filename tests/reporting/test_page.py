@@ -2,6 +2,8 @@ import csv
 import json
 import re
 import struct
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +13,7 @@ from omegaconf import OmegaConf
 from src.config import ConfigError
 from src.report import chosen, outside_of, report
 from src.reporting import palette
+from src.reporting.console import Telling
 from src.reporting.exports import latex, slugs
 from src.reporting.figures import shares_of
 from src.reporting.page import write_report
@@ -21,6 +24,7 @@ from src.reporting.tables import MOST_POINTS, Row, SweepTables
 from src.reporting.wording import compact, in_words, interval, metric_words, number, scored
 from src.sweeps.plan import Statement
 from tests.reporting.fake_sweeps import VARIANTS, make_sweep, plain_run
+from tests.runs import ROOT
 
 HOSTILE = ("<b>&", "</script><script>alert(1)</script>", "%$#_{}~^\\", "@v0 %{x} $x$")
 
@@ -470,3 +474,94 @@ def test_a_variant_looks_the_same_everywhere_and_like_no_other_beside_it():
         assert len({found[name] for name in names}) == len(names)
         assert len({found[name].hue for name in names}) == min(len(names), 7)
     assert found["GLA"].dash == "solid"
+
+
+def test_the_page_names_what_was_not_validated_and_how_rates_were_chosen(tmp_path, capsys):
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("A", "B"), seeds=(1, 2), unfinished=0, failed=0, hops=())
+    for job in sweep.plan["jobs"]:
+        if job["learning_rate"] == 4e-3:
+            path = sweep.path.parent / job["folder"] / "results.json"
+            path.write_text(path.read_text().replace('"val/accuracy"', '"val/other"'))
+    page = Page(report(config(tmp_path)))
+    assert "4 of 8 finished; 4 without a validation" in page.text
+    assert "val/accuracy was not measured, by which the learning rate is chosen" in page.text
+    assert "its learning rate was chosen while runs are missing (2 of 2 at 0.002, 0 of 2 at 0.004)" in page.text
+    assert "4 of its runs are without a validation, and count nowhere" in capsys.readouterr().out
+    # Legends list what there is something of: of learning rates there is one left.
+    assert page.text.count("Learning-rate sensitivity") == 0
+
+
+def test_colours_do_not_make_much_of_what_is_uncertain():
+    def line(mean, half):
+        low, high = (None, None) if half is None else (mean - half, mean + half)
+        return {"metric": "test/bits_per_byte", "lower_is_better": True, "mean": mean, "low": low, "high": high}
+
+    close = shares_of([line(2.00, 0.1), line(2.02, 0.1)], "mean")
+    better, worse = [share for share in close if share is not None]
+    assert 0.5 < better < 0.6  # 1 % better, and nobody knows
+    assert better + worse == pytest.approx(1.0)
+    assert shares_of([line(2.0, 0.1), line(2.02, 0.1)], "mean", uncertainty=0.001) == [1.0, 0.0]  # paired, it is known
+    just = shares_of([line(2.0, 0.1), line(2.1, 0.1)], "mean", uncertainty=0.1)
+    assert just == [pytest.approx(0.75), pytest.approx(0.25)]  # no more than the middle half for what is not confirmed
+    assert shares_of([line(2.0, None), line(3.0, None)], "mean") == [0.5, 0.5]  # one seed each
+    assert shares_of([line(2.0, 0.1)], "mean") == [0.5]
+    assert shares_of([line(2.0, 0.1), {}, line(2.0, 0.1)], "mean") == [0.5, None, 0.5]
+
+
+def test_legends_list_the_variants_that_have_data(tmp_path):
+    sweep = make_sweep(tmp_path, tasks=("Depo",), ran=0.5, unfinished=0, failed=0)
+    for job in sweep.plan["jobs"]:
+        if job["variant"] == "RoPE":
+            (sweep.path.parent / job["folder"] / "results.json").unlink(missing_ok=True)
+    page = Page(write_report([sweep], tmp_path / "out"))
+    assert set(page.all("data-variant")) == {"NoPE", "NoPE + Canon", "RoPE + Canon"}
+
+
+def test_why_a_run_failed_can_be_read_on_a_phone(page):
+    """There a line of such a table is a paragraph, with the heads of columns before the values."""
+    labels = page.all("data-label")
+    assert {"why", "status", "variant"} <= set(labels)
+    assert "stacked" in page.all("class")
+
+
+def test_long_tables_are_cut_on_the_page_and_whole_in_the_files(tmp_path, monkeypatch):
+    for name in "abcdefg":
+        plain_run(tmp_path / "logs" / name)
+    monkeypatch.setattr("src.reporting.page.MOST_ROWS", 5)
+    page = Page(write_report([], tmp_path / "out", find_runs(tmp_path / "logs")))
+    assert "The newest 5 of 7 runs; the CSV file has all of them." in page.text
+    assert len(lines(tmp_path / "out" / "tables" / "runs.csv")) == 7
+
+
+def test_large_sweeps_are_drawn_as_files_when_asked(tmp_path, monkeypatch):
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("A", "B"))
+    monkeypatch.setattr("src.reporting.page.MOST_PANELS", 3)
+    page = Page(write_report([sweep], tmp_path / "out"))
+    assert "pictures=true draws those too" in page.text
+    assert len(list((tmp_path / "out" / "figures").iterdir())) == 2  # scores and verdicts
+    write_report([sweep], tmp_path / "out", pictures=True)
+    assert len(list((tmp_path / "out" / "figures").iterdir())) > 4
+
+
+def test_progress_is_told_now_and_then(tmp_path, capsys):
+    told: list[str] = []
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("A", "B"))
+    write_report([sweep], tmp_path / "out", told=told.append)
+    assert told[0] == "reading the runs of sweeps, 1 of 12"
+    assert "drawing results/R3/smoke, 1 of 1" in told
+    with Telling(every=0.0) as telling:
+        telling("reading")
+    assert "reading ...\n" in capsys.readouterr().out
+
+
+def test_the_folder_of_a_report_has_one_key(tmp_path):
+    make_sweep(tmp_path, tasks=("Depo",), ran=0)
+    paths = {"log_dir": str(tmp_path / "logs"), "output_dir": str(tmp_path / "elsewhere")}
+    with pytest.raises(ConfigError, match=r"paths.output_dir=.*elsewhere: the folder of a report is output="):
+        report(config(tmp_path, paths=paths))
+
+
+def test_a_report_needs_neither_pytorch_nor_lightning():
+    code = "import sys, src.reporting.page; print(sorted({'torch', 'lightning', 'pandas', 'hydra'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -185,3 +185,85 @@ def test_a_run_that_diverged_has_no_score(tmp_path):
     (verdict,) = found.verdicts
     assert verdict.difference is not None
     assert verdict.difference.pairs == 2
+
+
+# ---- what the learning rate is chosen by -------------------------------------------------------------------------------
+
+
+def without_validation(found: SweepResults, keys: list[str]) -> SweepResults:
+    """The same sweep, of which these jobs have not been validated."""
+    for key in keys:
+        path = found.path.parent / "../../jobs" / key / "results.json"
+        content = json.loads(path.read_text())
+        del content["metrics"]["val/accuracy"]
+        path.write_text(json.dumps(content))
+    return SweepResults(found.path)
+
+
+def test_a_run_without_a_validation_is_never_judged_by_its_test(tmp_path):
+    """At the second rate the test scores are better; without validations there it must not be chosen, nor count."""
+    found = results(tmp_path, grid([0.1, 0.2, 0.3], [0.7, 0.8, 0.9]))
+    found = without_validation(found, [f"ABCD-0.2-{seed}" for seed in (1, 2, 3)])
+    cell = found.cells[1]
+    assert (cell.rate, cell.best, cell.runs, cell.planned) == (0.1, 0.9, 3, 6)
+    assert cell.remarks == ["its learning rate was chosen while runs are missing (3 of 3 at 0.1, 0 of 3 at 0.2)"]
+    left = [row for row in found.rows if row["status"] == "without a validation"]
+    assert {row["job"] for row in left} == {"ABCD-0.2-1", "ABCD-0.2-2", "ABCD-0.2-3"}
+    assert left[0]["reason"] == (
+        "val/accuracy was not measured, by which the learning rate is chosen; its test score, 0.99, counts nowhere"
+    )
+    assert "ABCD: its learning rate was chosen while runs are missing" in str(found.verdicts[0])
+
+
+def test_without_any_validation_nothing_is_said(tmp_path):
+    found = results(tmp_path, grid([0.1, 0.2, 0.3], [0.7, 0.8, 0.9]))
+    found = without_validation(found, [row["job"] for row in found.rows])
+    assert found.cells == []
+    assert found.verdicts[0].reason == "runs are missing (12 without a validation)"
+    assert found.outcome == "inconclusive"
+
+
+def test_with_one_learning_rate_nothing_is_chosen_and_that_is_said(tmp_path):
+    scores = {key: value for key, value in grid([0.1, 0.2, 0.3], [0.7, 0.8, 0.9]).items() if key[1] == 0.1}
+    found = results(tmp_path, scores)
+    assert found.cells[0].remarks == []
+    found = without_validation(found, ["none-0.1-1"])
+    assert found.cells[0].by_seed == {1: 0.1, 2: 0.2, 3: 0.3}
+    assert found.cells[0].remarks == [
+        "1 of 3 finished runs have no validation; there is one learning rate, so nothing was chosen"
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_validation_that_is_no_number_chooses_nothing(tmp_path, value):
+    scores = grid([0.1, 0.2, 0.3], [0.7, 0.8, 0.9])
+    scores["ABCD", 0.2, 1] = (value, 0.99)
+    found = results(tmp_path, scores)
+    assert found.cells[1].rate == 0.1
+    (row,) = [row for row in found.rows if row["status"] == "without a validation"]
+    assert row["reason"].startswith(f"val/accuracy is {value}, by which")
+
+
+def test_equally_good_rates_are_told_and_the_smallest_is_taken(tmp_path):
+    scores = {}
+    for seed in (1, 2, 3):
+        for variant in ("none", "ABCD"):
+            scores[variant, 0.2, seed] = (1.0, 0.9)  # written down first
+            scores[variant, 0.1, seed] = (1.0, 0.8)
+    found = results(tmp_path, scores)
+    assert [cell.rate for cell in found.cells] == [0.1, 0.1]
+    assert found.cells[0].remarks == [
+        "learning rates 0.1 and 0.2 are equally good on the validation set: the smallest was taken"
+    ]
+
+
+def test_a_rate_chosen_from_fewer_seeds_is_told(tmp_path):
+    scores = grid([0.1, 0.2, 0.3], [0.7, 0.8, 0.9])
+    scores["ABCD", 0.2, 3] = None
+    cell = results(tmp_path, scores).cells[1]
+    assert cell.remarks == ["its learning rate was chosen while runs are missing (3 of 3 at 0.1, 2 of 3 at 0.2)"]
+
+
+def test_one_seed_has_no_interval_and_says_so():
+    outcome, numbers = judge(difference({1: 0.9}, {1: 0.4}), 0.1)
+    assert (outcome, numbers) == ("inconclusive", "+0.500, one seed, so no interval, 1 pair; fewer than 3 seeds")

@@ -1,0 +1,174 @@
+"""Reads files that somebody else may have written, changed or damaged: the one door for records of runs, configurations and manifests.
+
+Only regular files are opened, up to a size; JSON and YAML are plain data, of bounded depth, and have the shape that a schema says. Whatever
+is wrong ends in an ``Unreadable`` whose message says what, never in another exception, an endless wait or a full memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+MOST_BYTES = 16 << 20  # of a record; real ones have some thousand
+DEEPEST = 64  # containers in containers; real ones have some five
+MOST_ALIASES = 100  # of YAML
+LONGEST_NUMBER = 400  # characters; YAML's numbers to the base of sixty take quadratic time
+MOST_TOLD = 3  # mistakes of one file that a message names
+
+Kind = TypeVar("Kind")
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same rules, and ten times as fast with libyaml
+# What JSON text may hold of characters that are no text: escapes, delete, and the second set of control characters.
+_SUSPICIOUS = re.compile(rb"\\[ubfr]|\x7f|\xc2[\x80-\x9f]")
+_NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Unreadable(ValueError):
+    """A file is not what it should be; the message says why."""
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Unreadable: it is a pipe, a folder or the like, too large, or may not be read.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for its other end.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except (OSError, ValueError) as error:
+        raise Unreadable(getattr(error, "strerror", None) or str(error)) from error
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise Unreadable("no regular file")
+        if about.st_size > most:
+            raise Unreadable(f"larger than {most:,} bytes")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(most + 1)[:most]
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from error
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, schema: TypeAdapter[Kind], most: int = MOST_BYTES) -> Kind:
+    """A JSON file that has the shape of a schema; names and messages in it are text that a terminal may be given.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Unreadable: it is something else.
+    """
+    content = read_bytes(path, most)
+    try:
+        found = json.loads(content)
+    except RecursionError:
+        raise Unreadable("nested too deep") from None
+    except ValueError as error:  # no UTF-8 and no JSON are both ValueErrors
+        raise Unreadable(f"no JSON: {clean_text(str(error))[:200]}") from None
+    if content.count(b"[") + content.count(b"{") > DEEPEST:
+        _check_depth(found)
+    return shaped(_clean(found) if _SUSPICIOUS.search(content) else found, schema)
+
+
+def read_yaml(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Unreadable: it is something else.
+    """
+    content = read_bytes(path, most)
+    if not content.strip():
+        raise Unreadable("empty")
+    try:
+        text = content.decode()
+        _check_events(text)
+        found = yaml.load(text, Loader=_LOADER)
+    except Unreadable:
+        raise
+    except RecursionError:
+        raise Unreadable("nested too deep") from None
+    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise Unreadable(f"no YAML: {clean_text(' '.join(str(error).split()))[:200]}") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise Unreadable("no mapping from names to values")
+    return found
+
+
+def shaped(content: Any, schema: TypeAdapter[Kind]) -> Kind:
+    """The content, if it has the shape of a schema.
+
+    Raises:
+        Unreadable: it has not; the message names the first keys that are wrong.
+    """
+    try:
+        return schema.validate_python(content)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        told = [f"{'.'.join(map(str, p['loc'])) or 'the file'}: {_said(p['msg'])}" for p in problems[:MOST_TOLD]]
+        more = f"; and {len(problems) - MOST_TOLD} more" if len(problems) > MOST_TOLD else ""
+        raise Unreadable(clean_text("; ".join(told))[:400] + more) from None
+    except RecursionError:
+        raise Unreadable("nested too deep") from None
+
+
+def clean_text(text: str) -> str:
+    """Text without what would steer a terminal or cannot be written as UTF-8."""
+    return _NO_TEXT.sub("\ufffd", text)
+
+
+def _said(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _clean(node: Any) -> Any:
+    if isinstance(node, str):
+        return clean_text(node)
+    if isinstance(node, list):
+        return [_clean(item) for item in node]
+    return {clean_text(key): _clean(value) for key, value in node.items()} if isinstance(node, dict) else node
+
+
+def _check_depth(node: Any) -> None:
+    level = [node]
+    for _ in range(DEEPEST + 1):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise Unreadable("nested too deep")
+
+
+def _check_events(text: str) -> None:
+    """Walks through a YAML text without building anything: the parser in C would end the process where nesting is too deep."""
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.ScalarEvent):
+            if event.value == "<<" and event.implicit[0]:
+                raise Unreadable("merge keys (<<) are not read")
+            if len(event.value) > LONGEST_NUMBER and re.fullmatch(r"[-+.:_\da-fA-FxX]+", event.value):
+                raise Unreadable("a number of too many digits")
+        elif isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > DEEPEST:
+                raise Unreadable("nested too deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.AliasEvent):
+            aliases += 1
+            if aliases > MOST_ALIASES:
+                raise Unreadable("too many aliases")

@@ -1,0 +1,89 @@
+"""manifest.json: the plan of a sweep as it is written down, whole enough for a report to need nothing else but the runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from src.files import write_text
+from src.reporting.foreign import Unreadable, read_json
+from src.reporting.schema import MANIFEST
+
+if TYPE_CHECKING:
+    from src.sweeps.plan import Job, Sweep
+
+MOST_BYTES = 256 << 20  # of ten thousand jobs with their commands some ten millions
+# What earlier versions did not write.
+OPTIONAL: dict[str, Any] = {"title": "", "note": None, "source": None, "axes": {}, "match": None, "command": ""}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The plan of a sweep, every part of its kind, and tasks and variants of its jobs among those that it lists.
+
+    The folder of a job may lie anywhere, because jobs may be kept on another disk than manifests. Whatever a manifest names there is
+    at most read as a run's folder: as records that have the shape of such, and that count only under the job's own hash.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Unreadable: it is something else.
+    """
+    plan = OPTIONAL | cast(dict[str, Any], read_json(path, MANIFEST, MOST_BYTES))
+    metrics = plan["metrics"]
+    plan["selections"] = {task: name.replace("test/", "val/", 1) for task, name in metrics.items()} | plan.get(
+        "selections", {}
+    )
+    plan["published"] = plan.get("published") or {}
+    for number, job in enumerate(plan["jobs"]):
+        for key, known in (("task", metrics), ("variant", plan["variants"])):
+            if job[key] not in known:
+                raise Unreadable(f"jobs.{number}.{key}: {job[key][:80]!r} is none of those that it lists")
+    for number, said in enumerate(plan["expect"]):
+        if said.get("task") is not None and said["task"] not in metrics:
+            raise Unreadable(f"expect.{number}.task: {said['task'][:80]!r} is none of those that it lists")
+    return plan
+
+
+def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[Job], root: Path, command: str) -> None:
+    """Writes down the plan of a sweep.
+
+    Args:
+        path: ``manifest.json``; folders of jobs are stored relative to it, so that logs/ can be moved as a whole.
+        name: of the sweep.
+        scale: of the sweep.
+        sweep: the plan.
+        jobs: of the plan.
+        root: folder of all jobs.
+        command: that runs the sweep again.
+    """
+    content: dict[str, Any] = {
+        "name": name,
+        "scale": scale,
+        "title": sweep.title,
+        "note": sweep.note,
+        "source": sweep.source,
+        "metrics": {task: sweep.metric_of(task) for task in sweep.tasks},
+        "selections": {task: sweep.selection_of(task) for task in sweep.tasks},
+        "variants": list(sweep.variants),
+        "axes": sweep.axes,
+        "expect": [asdict(statement) for statement in sweep.expect],
+        "match": asdict(sweep.match) if sweep.match else None,
+        "published": sweep.published,
+        "command": command,
+        "jobs": [
+            {
+                "name": job.name,
+                "task": job.task,
+                "variant": job.variant,
+                "settings": job.settings,
+                "seed": job.seed,
+                "learning_rate": job.learning_rate,
+                "folder": os.path.relpath(job.folder(root), path.parent),
+                "command": job.command,
+            }
+            for job in jobs
+        ],
+    }
+    write_text(path, json.dumps(content, indent=2) + "\n")

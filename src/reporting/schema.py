@@ -1,0 +1,186 @@
+"""The shape of what runs and sweeps leave behind, as ``foreign.py`` holds files against it.
+
+Keys that are not named here are left as they are, and most may be missing: earlier versions wrote fewer, later ones may write more. A key
+that is there must be of its kind, because a number that somebody has turned into a word, or a list into a mapping, is no record any more.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NotRequired, Required
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict  # that of typing is not enough for pydantic before Python 3.12
+
+_OPEN = ConfigDict(strict=True, extra="allow")
+_ONLY = ConfigDict(strict=True, extra="ignore")
+
+Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+
+
+class Git(TypedDict, total=False):
+    """The state of the code."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    commit: str | None
+    dirty: bool | None
+
+
+class Machine(TypedDict, total=False):
+    """On what a run was made."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    gpus: list[str] | None
+    cpus: int | None
+    processor: str | None
+
+
+class Attempt(TypedDict, total=False):
+    """One attempt of a run."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    status: str
+    config_hash: str | None
+    started: str | None
+    seconds: Amount | None
+    host: str | None
+    pid: Whole | None
+    error: str | None
+    git: Git | None
+    environment: Machine | None
+
+
+class Record(Attempt, total=False):
+    """run.json."""
+
+    earlier: list[Attempt]
+
+
+class Results(TypedDict, total=False):
+    """results.json. A metric may be infinite or no number: so ends a run that diverges."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    metrics: Required[Annotated[dict[str, float], Field(max_length=5000)]]
+    seconds: Required[Amount]
+    config_hash: str | None
+    data: dict[str, Any] | None
+    chance: dict[str, float | None] | None
+    parameters: Amount | None
+    flops_per_token: Amount | None
+    state_size: Amount | None
+    steps: Amount | None
+    tokens: Amount | None
+    training_flops: Amount | None
+    tokens_per_second: Amount | None
+    peak_memory_bytes: Amount | None
+
+
+class Target(TypedDict, total=False):
+    """A node that names a class."""
+
+    __pydantic_config__ = _ONLY  # type: ignore[misc]
+    _target_: str | None
+
+
+class Model(TypedDict, total=False):
+    """What a table shows of a model."""
+
+    __pydantic_config__ = _ONLY  # type: ignore[misc]
+    dim: Whole | None
+    depth: Whole | None
+    pattern: str | None
+    mixers: dict[str, Target | None] | None
+
+
+class Canon(TypedDict, total=False):
+    """Where the Canon layers are."""
+
+    __pydantic_config__ = _ONLY  # type: ignore[misc]
+    positions: str | None
+
+
+class Optimizer(TypedDict, total=False):
+    """What a table shows of an optimizer."""
+
+    __pydantic_config__ = _ONLY  # type: ignore[misc]
+    lr: float | None
+
+
+class Settings(TypedDict, total=False):
+    """What a table shows of config.yaml."""
+
+    __pydantic_config__ = _ONLY  # type: ignore[misc]
+    name: str | None
+    seed: Whole | None
+    model: Model | None
+    position: Target | None
+    canon: Canon | None
+    optimizer: Optimizer | None
+
+
+class ManifestJob(TypedDict):
+    """One job of a sweep."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    name: str
+    task: str
+    variant: str
+    settings: dict[str, Any]
+    seed: Whole
+    learning_rate: Rate
+    folder: str
+    command: str
+
+
+class ManifestStatement(TypedDict):
+    """What a sweep expects."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
+    better: str
+    than: str
+    by: NotRequired[Annotated[float, Field(allow_inf_nan=False)]]
+    task: NotRequired[str | None]
+
+
+class ManifestMatch(TypedDict):
+    """In what variants were made equal."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    budget: str
+    to: str
+    change: str
+
+
+class Published(TypedDict, total=False):
+    """Under which names tasks and variants stand in published tables."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    tasks: dict[str, dict[str, str]] | None
+    variants: dict[str, str | None] | None
+
+
+class Manifest(TypedDict):
+    """manifest.json: the plan of a sweep."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    name: str
+    scale: str
+    metrics: dict[str, str]
+    variants: list[str]
+    expect: list[ManifestStatement]
+    jobs: list[ManifestJob]
+    title: NotRequired[str]
+    note: NotRequired[str | None]
+    source: NotRequired[str | None]
+    selections: NotRequired[dict[str, str]]
+    axes: NotRequired[dict[str, Any]]
+    match: NotRequired[ManifestMatch | None]
+    published: NotRequired[Published | None]
+    command: NotRequired[str]
+
+
+RECORD: TypeAdapter[Record] = TypeAdapter(Record)
+RESULTS: TypeAdapter[Results] = TypeAdapter(Results)
+SETTINGS: TypeAdapter[Settings] = TypeAdapter(Settings)
+MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)

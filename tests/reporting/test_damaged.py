@@ -1,0 +1,248 @@
+"""Folders that somebody damaged or made up: every one is named in the report and on the console, and none ends it."""
+
+import csv
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from src.report import report
+from src.reporting.foreign import Unreadable, read_json, read_yaml
+from src.reporting.page import write_report
+from src.reporting.results import SweepResults, find_sweeps
+from src.reporting.runs import Run, find_runs, runs_table
+from src.reporting.schema import MANIFEST, RECORD
+from tests.reporting.fake_sweeps import make_sweep, plain_run
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)) * 20
+MERGES = "a: &a {k: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [{', '.join(['*a'] * 50)}]}}\n" for i in range(50))
+
+
+def write(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+DAMAGES = {
+    "empty config": ("config.yaml", ""),
+    "a list for a config": ("config.yaml", "- a\n"),
+    "a word for a section": ("config.yaml", "model: large\ncanon: [A]\n"),
+    "a word for a number": ("config.yaml", "seed: seven\n"),
+    "a list for a name": ("config.yaml", "name: [a, b]\n"),
+    "no YAML": ("config.yaml", "a: [1\n"),
+    "binary config": ("config.yaml", b"\xff\xfe\x00\x01"),
+    "nested config": ("config.yaml", "a: " + "[" * 50_000),
+    "nested lists": ("config.yaml", "- " * 50_000 + "a"),
+    "nested mappings": ("config.yaml", "{a: " * 20_000),
+    "aliases": ("config.yaml", BOMB),
+    "merge keys": ("config.yaml", MERGES),
+    "a number to the base of sixty": ("config.yaml", "seed: 1" + ":1" * 200_000),
+    "an object": ("config.yaml", "a: !!python/object/apply:os.system [exit]\n"),
+    "a day that is none": ("config.yaml", "a: 2001-99-99\n"),
+    "huge config": ("config.yaml", "a: " + "x" * (20 << 20)),
+    "a number for a status": ("run.json", '{"status": 5}'),
+    "a list for the machine": ("run.json", '{"status": "finished", "environment": ["x"]}'),
+    "a word for the attempts": ("run.json", '{"status": "failed", "earlier": "none"}'),
+    "a huge process": ("run.json", '{"status": "running", "host": "x", "pid": 1' + "0" * 60 + "}"),
+    "nested record": ("run.json", "[" * 100_000),
+    "nested but closed": ("run.json", '{"a": ' + "[" * 500 + "]" * 500 + "}"),
+    "no mapping": ("run.json", "[1, 2]"),
+    "half a record": ("run.json", '{"status": "fin'),
+    "a word for a score": ("results.json", '{"metrics": {"test/loss": "low"}, "seconds": 1}'),
+    "true for a score": ("results.json", '{"metrics": {"test/loss": true}, "seconds": 1}'),
+    "a list for scores": ("results.json", '{"metrics": [1], "seconds": 1}'),
+    "no time": ("results.json", '{"metrics": {}, "seconds": null}'),
+    "an endless time": ("results.json", '{"metrics": {}, "seconds": Infinity}'),
+    "a word for a cost": ("results.json", '{"metrics": {}, "seconds": 1, "parameters": "many"}'),
+    "a list for chance": ("results.json", '{"metrics": {}, "seconds": 1, "chance": [1]}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_named_and_the_others_are_reported(tmp_path, capsys, damage):
+    name, content = DAMAGES[damage]
+    plain_run(tmp_path / "logs" / "good")
+    plain_run(tmp_path / "logs" / "bad")
+    write(tmp_path / "logs" / "bad" / name, content)
+    table = runs_table(find_runs(tmp_path / "logs")).set_index("folder")
+    assert table.loc[str(tmp_path / "logs" / "good"), "status"] == "finished"
+    assert table.loc[str(tmp_path / "logs" / "bad"), "status"] == "unreadable"
+    page = reported(tmp_path)
+    told = capsys.readouterr().out
+    assert f"could not be read: {tmp_path / 'logs' / 'bad'}: {name}" in told
+    assert "What could not be read" in page
+    assert f"{name}: " in page
+
+
+def reported(root: Path) -> str:
+    plain = {"sweeps": [], "runs": True, "output": str(root / "out"), "paths": {"log_dir": str(root / "logs")}}
+    return report(OmegaConf.create(plain)).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml", "results.json", "csv/metrics.csv"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "circle", "device"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path, name, kind):
+    sweep = make_sweep(
+        tmp_path, tasks=("Depo",), variants=("A", "B"), rates=(1e-3,), seeds=(1, 2), unfinished=0, failed=0
+    )
+    folder = sweep.path.parent / sweep.plan["jobs"][0]["folder"]
+    path = folder / name
+    path.unlink()
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "circle": lambda: path.symlink_to(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+    }[kind]()
+    problems: list[tuple[str, str]] = []
+    write_report(find_sweeps(tmp_path), tmp_path / "out", find_runs(tmp_path / "logs"), problems)
+    assert {(Path(where).name, what.partition(":")[0]) for where, what in problems} == {
+        (folder.resolve().name, name)
+    } or (name == "csv/metrics.csv" and problems)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_named(tmp_path):
+    plain_run(tmp_path / "logs" / "bad")
+    (tmp_path / "logs" / "bad" / "run.json").chmod(0)
+    assert Run(tmp_path / "logs" / "bad").problems == ["run.json: Permission denied"]
+
+
+def test_a_circle_of_folders_ends(tmp_path):
+    plain_run(tmp_path / "logs" / "one")
+    (tmp_path / "logs" / "one" / "again").symlink_to(tmp_path / "logs")
+    assert len(find_runs(tmp_path / "logs")) == 1
+
+
+def test_odd_jobs_leave_the_sweep_out_and_name_it(tmp_path, capsys):
+    good = make_sweep(tmp_path, "results/R1", tasks=("Depo",), variants=("A", "B"), rates=(1e-3,))
+    damages = [
+        lambda plan: plan["jobs"].append("x"),
+        lambda plan: plan["jobs"][0].update(seed="one"),
+        lambda plan: plan["jobs"][0].update(learning_rate=[1]),
+        lambda plan: plan["jobs"][0].update(task="none"),
+        lambda plan: plan["jobs"][0].update(settings=None),
+        lambda plan: plan.update(variants={"A": 1}),
+        lambda plan: plan.update(metrics=["x"]),
+        lambda plan: plan.update(expect=[{"better": "A", "than": "B", "by": "much"}]),
+        lambda plan: plan.update(match="parameters"),
+        lambda plan: plan.update(published={"tasks": [1]}),
+    ]
+    for number, damage in enumerate(damages):
+        plan = json.loads(good.path.read_text()) | {"name": f"bad{number}"}
+        damage(plan)
+        write(tmp_path / "logs" / "sweeps" / f"bad{number}" / "manifest.json", json.dumps(plan))
+    problems: list[tuple[str, str]] = []
+    assert [sweep.name for sweep in find_sweeps(tmp_path, problems)] == ["results/R1"]
+    assert len(problems) == len(damages)
+    page = reported(tmp_path)
+    told = capsys.readouterr().out
+    for number in range(len(damages)):
+        assert f"bad{number}/manifest.json" in told
+        assert f"bad{number}/manifest.json" in page
+
+
+def test_a_folder_outside_is_at_most_read_as_a_run(tmp_path):
+    """It counts only if it says that it is this job."""
+    sweep = make_sweep(
+        tmp_path, tasks=("Depo",), variants=("A", "B"), rates=(1e-3,), seeds=(1, 2), unfinished=0, failed=0
+    )
+    plan = json.loads(sweep.path.read_text())
+    plan["jobs"][0]["folder"], plan["jobs"][1]["folder"] = "/etc", "../" * 40 + "proc/self"
+    plan["jobs"][2]["folder"] = plan["jobs"][3]["folder"]
+    write(sweep.path, json.dumps(plan))
+    found = SweepResults(sweep.path)
+    assert [row["status"] for row in found.rows] == ["planned", "planned", "of another configuration", "finished"]
+    write_report([found], tmp_path / "out")
+
+
+def test_names_that_are_no_text_are_shown_all_the_same(tmp_path, capsys):
+    plain_run(tmp_path / "logs" / "one")
+    odd = os.fsencode(tmp_path / "logs") + b"/odd\xff\x1b[31m"
+    os.rename(os.fsencode(tmp_path / "logs" / "one"), odd)
+    path = Path(os.fsdecode(odd)) / "run.json"
+    record = json.loads(path.read_text()) | {"status": "failed", "error": "\ud800 \u001b[31mred \x00"}
+    path.write_text(json.dumps(record))
+    assert "odd" in reported(tmp_path)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_mutated_files_end_no_report(tmp_path):
+    """Bytes are changed, cut and repeated; values are replaced by values of other kinds."""
+    rng = random.Random(0)
+    odd = [
+        None,
+        True,
+        -1,
+        10**30,
+        1e308,
+        float("nan"),
+        float("inf"),
+        "",
+        "x" * 300,
+        [],
+        [1],
+        {},
+        {"a": [None]},
+        "\ud800",
+    ]
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("A", "B"), rates=(1e-3, 2e-3), seeds=(1, 2), unfinished=0)
+    plain_run(tmp_path / "logs" / "one")
+    files = [p for p in (tmp_path / "logs").rglob("*") if p.suffix in (".json", ".yaml", ".csv")]
+    before = {path: path.read_bytes() for path in files}
+
+    def replaced(node):
+        if isinstance(node, dict) and node:
+            key = rng.choice(list(node))
+            node[key] = rng.choice(odd) if rng.random() < 0.4 else replaced(node[key])
+        elif isinstance(node, list) and node:
+            place = rng.randrange(len(node))
+            node[place] = rng.choice(odd) if rng.random() < 0.4 else replaced(node[place])
+        else:
+            return rng.choice(odd)
+        return node
+
+    for round_ in range(60):
+        for path in rng.sample(files, 3):
+            content = before[path]
+            if path.suffix == ".json" and rng.random() < 0.7:
+                content = json.dumps(replaced(json.loads(content))).encode()
+            else:
+                start, end = sorted(rng.choices(range(len(content)), k=2))
+                content = rng.choice([content[:start], content[:start] + content[end:], content + content[start:end]])
+                content = content[: len(content) // 2] + rng.randbytes(2) + content[len(content) // 2 :]
+            path.write_bytes(content)
+        problems: list[tuple[str, str]] = []
+        sweeps = find_sweeps(tmp_path, problems)
+        if round_ % 10 == 0:
+            write_report(sweeps, tmp_path / "out", find_runs(tmp_path / "logs"), problems)
+        else:
+            for found in sweeps:
+                assert found.rows is not None
+                assert found.verdicts is not None
+            runs_table(find_runs(tmp_path / "logs"))
+        for path, content in before.items():
+            path.write_bytes(content)
+    assert sweep.rows
+
+
+def test_reading_is_bounded(tmp_path):
+    write(tmp_path / "a.json", b"[" * (17 << 20))
+    with pytest.raises(Unreadable, match="larger than"):
+        read_json(tmp_path / "a.json", RECORD)
+    with pytest.raises(FileNotFoundError):
+        read_yaml(tmp_path / "b.yaml")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "a.json" / "b", MANIFEST)
+
+
+def test_all_problems_are_in_a_file(tmp_path):
+    for number in range(30):
+        plain_run(tmp_path / "logs" / f"bad{number}")
+        write(tmp_path / "logs" / f"bad{number}" / "config.yaml", "")
+    reported(tmp_path)
+    with (tmp_path / "out" / "tables" / "unreadable.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 30

@@ -1,0 +1,67 @@
+"""What is expected before anything has run, and how it is corrected by what has."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from src.sweeps.cost import assumptions, corrected, estimates, makespan, print_plan
+from src.sweeps.progress import Progress
+from tests.sweeps.test_plan import small
+
+
+def test_jobs_are_not_divided_among_workers():
+    assert makespan([25.0], 2) == 25.0
+    assert makespan([3.0, 3.0, 4.0], 2) == 7.0
+    assert makespan([1.0] * 10, 2) == 5.0
+    assert makespan([], 4) == 0.0
+
+
+def test_a_guess_is_corrected_by_how_far_it_was_off():
+    guesses = {"a": 10.0, "b": 20.0, "c": 40.0}
+    assert corrected(guesses, {}) == guesses
+    assert corrected(guesses, {"a": [30.0, 30.0, 90.0]}) == {"a": 30.0, "b": 60.0, "c": 120.0}
+
+
+def finished(job, root: Path, seconds: float) -> None:
+    folder = job.folder(root)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "host": "x", "pid": 1}))
+    (folder / "results.json").write_text(json.dumps({"config_hash": job.name, "seconds": seconds, "metrics": {}}))
+
+
+def test_estimates_use_what_other_kinds_took(tmp_path):
+    jobs = small().jobs()
+    before = estimates(jobs, tmp_path)
+    finished(jobs[0], tmp_path, 10 * before[jobs[0].name])
+    after = estimates(jobs, tmp_path)
+    other = next(job for job in jobs if job.variant != jobs[0].variant)
+    assert after[other.name] == pytest.approx(10 * before[other.name])
+
+
+def test_what_is_left_follows_what_was_measured(tmp_path, capsys):
+    jobs = small().jobs()
+    expected = dict.fromkeys((job.name for job in jobs), 30.0)
+    progress = Progress(jobs, tmp_path, expected, workers=1)
+    progress(jobs[0], "started", 0.0)
+    assert f"about {duration_of(30.0 * len(jobs))} left" in capsys.readouterr().out
+    finished(jobs[0], tmp_path, 120.0)
+    progress(jobs[0], "finished", 121.0)
+    assert f"about {duration_of(121.0 * (len(jobs) - 1))} left" in capsys.readouterr().out
+
+
+def duration_of(seconds: float) -> str:
+    from src.sweeps.cost import duration
+
+    return duration(seconds)
+
+
+def test_the_plan_names_the_rates_and_a_device_that_is_missing(tmp_path, capsys):
+    jobs = small(base=["experiment=quickstart", "trainer=gpu"]).jobs()[:1]
+    print_plan("title", jobs, tmp_path, {jobs[0].name: 90_000.0}, "2 at a time on the CPU, 1 thread(s) each", 2)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "about 25.0 h of work, 25.0 h in all" in told
+    assert "Times assume 200 TFLOP/s on a GPU, which may be off by a factor of three." in told
+    assert "These jobs ask for a GPU, and none is visible here" in told
+    finished(jobs[0], tmp_path, 5.0)
+    assert assumptions(jobs, tmp_path, "") == "Times are those of finished runs of the same kinds."
