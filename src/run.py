@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from src.checkpoints.resume import check_same_data, check_same_model, check_same
 from src.components.backbone import Backbone
 from src.components.kernels.registry import forget_backends, used_backends
 from src.config import ConfigError, check, check_complete, experiment_hash, instantiate, suggest, to_plain
+from src.config.identity import changed_data
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.evaluation.evaluators import lower_is_better
@@ -86,7 +86,12 @@ def finished_before(plain: dict[str, Any], identity: str, output_dir: Path) -> d
     if not earlier.is_finished(identity):
         return None
     datamodule: StreamDataModule = instantiate(plain["data"], "data")
-    refuse_changed_data(earlier.results.get("data"), datamodule.expected_fingerprint(), output_dir)
+    if changed := changed_data(earlier.results.get("data"), datamodule.expected_fingerprint()):
+        told = "; ".join(f"{key}: {then!r} then, {now!r} now" for key, (then, now) in changed.items())
+        raise ConfigError(
+            f"{output_dir}: this run has finished before, on other data than there are now ({told}); its results stand. Choose "
+            "another hydra.run.dir for the new data"
+        )
     ended = earlier.results.get("ended") or {}
     early = (
         f", after step {ended['step']} of {ended['planned']} ({ended['why']})"
@@ -95,25 +100,6 @@ def finished_before(plain: dict[str, Any], identity: str, output_dir: Path) -> d
     )
     log.info(f"{output_dir}: this run has finished before{early}, its results stand")
     return earlier.metrics
-
-
-def refuse_changed_data(recorded: Any, expected: dict[str, Any], output_dir: Path) -> None:
-    """Raises a ConfigError when results were obtained on other data than there are now.
-
-    Args:
-        recorded: what ``results.json`` says of the data.
-        expected: see ``StreamDataModule.expected_fingerprint``.
-        output_dir: of the run, for the message.
-    """
-    known = recorded if isinstance(recorded, dict) else {}
-    expected = json.loads(json.dumps(expected))  # as a file has it: lists, no tuples
-    changed = [key for key, value in expected.items() if key in known and known[key] != value]
-    if changed:
-        told = "; ".join(f"{key}: {known[key]!r} then, {expected[key]!r} now" for key in changed)
-        raise ConfigError(
-            f"{output_dir}: this run has finished before, on other data than there are now ({told}); its results stand. Choose "
-            "another hydra.run.dir for the new data"
-        )
 
 
 @contextmanager

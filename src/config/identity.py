@@ -68,6 +68,18 @@ def computed(plain: dict[str, Any]) -> dict[str, Any]:
     return _placeless(kept, folders)
 
 
+def changed_data(recorded: Any, expected: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between the data that results were obtained on and those that there are now.
+
+    Args:
+        recorded: what ``results.json`` says of the data.
+        expected: see ``StreamDataModule.expected_fingerprint``.
+    """
+    known = recorded if isinstance(recorded, dict) else {}
+    now = json.loads(json.dumps(expected))  # as a file has it: lists, no tuples
+    return {key: (known[key], value) for key, value in now.items() if key in known and known[key] != value}
+
+
 def _plugins(given: Any) -> list[Any]:
     """All but the one that writes checkpoints."""
     nodes = given if isinstance(given, list) else [given]

@@ -7,13 +7,16 @@ waits for them instead of starting them again. Several sweeps may share the work
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from src.checkpoints.files import first_whole
-from src.checkpoints.integrity import by_age, step_of
-from src.config import ConfigError
+from src.checkpoints.files import first_whole, newest_first, read_checkpoint
+from src.config import ConfigError, instantiate
+from src.config.identity import changed_data
+from src.datamodules.base import StreamDataModule
 from src.overrides import as_override
 from src.reporting.runs import Run
 from src.sweeps.plan import Job
@@ -29,8 +32,24 @@ class Start(NamedTuple):
 
 
 def is_finished(job: Job, root: Path) -> bool:
-    """Whether a run of exactly this configuration has ended well."""
-    return Run(job.folder(root)).is_finished(job.name)
+    """Whether a run of exactly this configuration has ended well, on the data that there are now."""
+    run = Run(job.folder(root))
+    return run.is_finished(job.name) and not changed_data(run.results.get("data"), _expected(job))
+
+
+def _expected(job: Job) -> dict[str, Any]:
+    data = job.config["data"]
+    return _of_task(json.dumps(data, sort_keys=True)) if "task" in data else _fingerprint(data)
+
+
+@lru_cache(maxsize=4096)
+def _of_task(data: str) -> dict[str, Any]:  # hardly ever a file, and thousands of jobs share it
+    return _fingerprint(json.loads(data))
+
+
+def _fingerprint(data: dict[str, Any]) -> dict[str, Any]:
+    datamodule: StreamDataModule = instantiate(data, "data")
+    return datamodule.expected_fingerprint()
 
 
 def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
@@ -49,10 +68,12 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
     # Hydra sets the second key from the first, and would take an interpolation in the name of a folder for one.
     where = [f"{key}={as_override(str(folder))}" for key in ("hydra.run.dir", "paths.output_dir")]
     command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, *where]
-    final = folder / "checkpoints" / "final.ckpt"
-    checkpoint = first_whole(path for path in (final, *by_age(final.parent)) if path.exists())
+    run = Run(folder)
+    if tidy and run.is_finished(job.name) and changed_data(run.results.get("data"), _expected(job)):
+        _keep_other_run(folder)
+    checkpoint = first_whole(newest_first(folder / "checkpoints"))
     if checkpoint is not None:
-        step = job.config["trainer"]["max_steps"] if checkpoint == final else step_of(checkpoint)
+        step = read_checkpoint(checkpoint, tensors="none")["global_step"]
         return Start([*command, f"ckpt_path={as_override(str(checkpoint))}"], step)
     if tidy and any((folder / "checkpoints").glob("*.ckpt")):
         # None of them is whole, and a new run wants a folder without them.
@@ -60,6 +81,18 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
     return Start(command, 0)
 
 
+def _keep_other_run(folder: Path) -> None:
+    """Moves the run of the same configuration on other data out of the way of a new one."""
+    aside = _free(folder / "other_data")
+    aside.mkdir()
+    for part in list(folder.iterdir()):
+        if part.suffix != ".lock" and not part.name.startswith("other_data"):
+            part.rename(aside / part.name)
+
+
 def _set_aside(folder: Path) -> None:
-    number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
-    folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    folder.rename(_free(folder))
+
+
+def _free(path: Path) -> Path:
+    return next(p for n in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{n}")).exists())

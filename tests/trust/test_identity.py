@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from src.checkpoints.files import find_checkpoint
 from src.config import ConfigError, experiment_hash, to_plain
 from src.evaluate import evaluate
 from src.modules.language_model import LanguageModel
-from tests.runs import TINY, compose_run, curve, evaluation, final, main, results, same, tiny_run
+from tests.runs import ROOT, TINY, compose_run, curve, evaluation, final, main, results, same, tiny_run
 
 CORPUS = ["data=text_files", "data.tokenizer=bytes", "data.window=64", "data.batch_size=4", "data.eval_batch_size=4"]
 CORPUS += ["data.val_windows=6", "data.test_windows=6"]
@@ -118,6 +119,31 @@ def test_a_grammar_or_tokenizer_file_that_was_replaced(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"finished before, on other data.*rules"):
         run_here(compose_run(run, *options, "ckpt_path=auto"))
+
+
+def test_a_sweep_runs_again_what_ran_on_files_that_were_replaced(tmp_path):
+    """The old run is kept beside the new one."""
+    from src.sweeps.jobs import is_finished, start_of
+    from src.sweeps.plan import job_of
+
+    tiny = [option for option in TINY if not option.startswith("data")]
+    options = [*CORPUS, f"data.path={texts(tmp_path / 'texts', 'one')}", f"data.cache_dir={tmp_path / 'cache'}", *tiny]
+    root = tmp_path / "jobs"
+
+    def train() -> None:
+        job = job_of("text", "tiny", {}, [*options, "compare=null"])
+        start = start_of(job, root)
+        subprocess.run(start.command, check=True, capture_output=True, cwd=ROOT)
+        assert is_finished(job, root)
+
+    train()
+    job = job_of("text", "tiny", {}, [*options, "compare=null"])
+    before = (job.folder(root) / "results.json").read_bytes()
+    texts(tmp_path / "texts", "two")
+    assert not is_finished(job, root)
+    train()
+    assert (job.folder(root) / "other_data.1" / "results.json").read_bytes() == before
+    assert json.loads((job.folder(root) / "results.json").read_text())["data"] != json.loads(before)["data"]
 
 
 # ---- W4: the hash knows what changes numbers ------------------------------------------------------------------------
