@@ -7,51 +7,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
 
 from src.components.backbone import Backbone
+from src.compose import CONFIG_DIR, compose_config, swept_over
 from src.config import ConfigError, instantiate, suggest, to_plain
-from src.datamodules.base import StreamDataModule
 from src.datamodules.task import TaskDataModule
 from src.evaluation.evaluators import TextEvaluator
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
-
-# `${repository:}` in YAML: the folder that holds configs/ and src/.
-OmegaConf.register_new_resolver("repository", lambda: str(CONFIG_DIR.parent), replace=True)
-
-# `${times:2,${size.depth}}` in YAML: a product of whole numbers.
-OmegaConf.register_new_resolver("times", lambda a, b: int(a) * int(b), replace=True)
-
-
-def compose_config(overrides: list[str] | None = None, config_name: str = "train", **options: Any) -> DictConfig:
-    """Composes ``configs/<config_name>.yaml`` with Hydra overrides, outside or inside a running Hydra job."""
-    if GlobalHydra.instance().is_initialized():
-        return compose(config_name=config_name, overrides=list(overrides or []), **options)
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(config_name=config_name, overrides=list(overrides or []), **options)
-
-
-def swept_over(overrides: list[str]) -> dict[str, Any]:
-    """The values over which ``python src/train.py -m`` would sweep an experiment: key -> values, separated by commas."""
-    return to_plain(compose_config(overrides, return_hydra_config=True).hydra.sweeper.get("params") or {})
-
-
-def _training_steps(data: DictConfig) -> int:
-    datamodule: StreamDataModule = instantiate(to_plain(data), "data")
-    if datamodule.training_steps is None:
-        raise ConfigError("trainer.max_steps=${training_steps:...}: these training data never end; give a number")
-    return datamodule.training_steps
-
-
-# `${training_steps:${data}}` in YAML: optimizer steps until the training data end.
-OmegaConf.register_new_resolver("training_steps", _training_steps, replace=True)
+__all__ = ["CONFIG_DIR", "build_model", "check_measured", "compose_config", "model_from_config", "swept_over"]
 
 
 def check_measured(

@@ -13,31 +13,27 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from src.build import CONFIG_DIR, compose_config
-from src.components.kernels.registry import BackendUnavailableError
+from src.compose import CONFIG_DIR, compose_config
 from src.config import ConfigError, RunError
-from src.datamodules.corpora.errors import CorpusError
 from src.overrides import first_misspelt_key, unreadable_override
 
 _USERS_MISTAKES = (
     ConfigError,
-    BackendUnavailableError,
-    CorpusError,
-    MisconfigurationException,
     OmegaConfBaseException,
     PermissionError,
     FileNotFoundError,
     NotADirectoryError,
 )
 
+
+# Others by name: importing them would import PyTorch and more, which not every command needs.
+_USERS_MISTAKES_BY_NAME = {"BackendUnavailableError", "CorpusError", "MisconfigurationException"}
 
 _THE_DISK_S = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -77,7 +73,7 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
 
 def status_of(error: Exception) -> int | None:
     """With which exit status a message alone is enough; None for what only a traceback explains."""
-    if isinstance(error, _USERS_MISTAKES):
+    if isinstance(error, _USERS_MISTAKES) or {kind.__name__ for kind in type(error).__mro__} & _USERS_MISTAKES_BY_NAME:
         return 2
     disk = isinstance(error, OSError) and error.errno in _THE_DISK_S
     return 1 if disk or isinstance(error, RunError) else None
@@ -111,7 +107,8 @@ def forget_other_ranks(before: set[str]) -> None:
     config: Any = HydraConfig.instance().cfg
     if config is None or config.hydra.mode != RunMode.MULTIRUN:
         return
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     for name in _LAUNCH:
         if name not in before:

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.build import CONFIG_DIR, compose_config
+from src.compose import CONFIG_DIR, compose_config
 from src.config import ConfigError, suggest
 from src.config.registry import class_of, section_of
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from src.reporting.runs import Run
 
 # What the figure shows, of the metrics that exist: the first that every variant has, by kind of data.
 CURVES = ("val/bits_per_parameter", "val/accuracy", "val/bits_per_byte", "val/loss")
@@ -42,20 +43,6 @@ def print_table(variants: list[Variant], chance: dict[str, float]) -> None:
     Console().print(table)
 
 
-def read_curve(folder: Path, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric in a run's ``csv/metrics.csv``; steps count finished optimizer steps."""
-    steps, values = [], []
-    path = folder / "csv" / "metrics.csv"
-    if not path.is_file():  # a run without the csv logger
-        return steps, values
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            if row.get(metric):
-                steps.append(int(row["step"]) + 1)
-                values.append(float(row[metric]))
-    return steps, values
-
-
 def draw(variants: list[Variant], path: Path, title: str, chance: float | None = None) -> Path:
     """Draws training loss and one validation metric over the steps, all variants in each panel.
 
@@ -71,15 +58,16 @@ def draw(variants: list[Variant], path: Path, title: str, chance: float | None =
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = next(m for m in CURVES if all(read_curve(v.folder, m)[0] for v in variants) or m == CURVES[-1])
+    shown = next(m for m in CURVES if all(len(Run(v.folder).curve(m)) for v in variants) or m == CURVES[-1])
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     loss_axes, metric_axes = figure.subplots(1, 2)
     for i, variant in enumerate(variants):
         # Ten colours, and then the same ones dashed.
         style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "label": variant.name}
-        loss_axes.plot(*read_curve(variant.folder, "train/loss"), linewidth=1.2, **style)
-        metric_axes.plot(*read_curve(variant.folder, shown), marker="o", markersize=3, **style)
+        loss, metric = (Run(variant.folder).curve(name) for name in ("train/loss", shown))
+        loss_axes.plot(loss.index, loss, linewidth=1.2, **style)
+        metric_axes.plot(metric.index, metric, marker="o", markersize=3, **style)
     loss_axes.set(xlabel="optimizer step", ylabel="training loss (nats per target)", title="training")
     metric_axes.set(xlabel="optimizer step", ylabel=shown.removeprefix("val/").replace("_", " "), title="validation")
     if shown == "val/accuracy":

@@ -166,7 +166,10 @@ class _Page:
             theme: [on_scale(theme, i / (len(scales[theme]) - 1))[1] for i in range(len(scales[theme]))]
             for theme in themes
         }
-        parts = {"figures": _joined(self.figures), "cells": _joined(self.cells)}
+        parts: dict[str, str] = {}
+        for name, collected in (("figures", self.figures), ("cells", self.cells)):
+            parts[name] = _joined(collected)
+            collected.clear()  # they are megabytes, and needed once
         parts |= {name: embedded(part) for name, part in (("themes", THEMES), ("scales", scales), ("inks", inks))}
         environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
         pieces = environment.get_template("report.html.j2").stream(
@@ -266,8 +269,9 @@ def outside(
 
 def embedded(data: Any) -> Markup:
     """JSON that may stand in a script element whatever names are in it."""
-    text = json.dumps(_plain(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
+    # In ASCII a character is a byte of memory; one dash in a text of megabytes would double them.
+    text = json.dumps(_plain(data), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
 

@@ -123,7 +123,8 @@ class Recorded:
             # Half a file, as a power cut leaves it, must not keep the run from going on.
             before = _read_json(self.path) or {"status": "unreadable", "started": None, "pid": None}
             earlier = before.pop("earlier", [])
-            if (before["started"], before["pid"]) != (self.attempt["started"], self.attempt["pid"]):
+            earlier = earlier if isinstance(earlier, list) else []
+            if (before.get("started"), before.get("pid")) != (self.attempt["started"], self.attempt["pid"]):
                 earlier.append(before)
         write_json(self.path, self.attempt | {"earlier": earlier})
 

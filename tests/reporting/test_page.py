@@ -565,3 +565,16 @@ def test_a_report_needs_neither_pytorch_nor_lightning():
     code = "import sys, src.reporting.page; print(sorted({'torch', 'lightning', 'pandas', 'hydra'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_command_needs_no_pytorch(tmp_path):
+    """Half of the memory and most of the time of a small report would be its import."""
+    plain_run(tmp_path / "logs" / "a")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['report', {f'paths.log_dir={tmp_path}/logs'!r}, "
+    )
+    code += f"{f'output={tmp_path}/report'!r}, {f'hydra.run.dir={tmp_path}/run'!r}]; import src.report as r; "
+    code += "r.entrypoint('report', r.report); print(sorted({'torch', 'lightning', 'numba'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "report" / "index.html").exists()
