@@ -290,10 +290,9 @@ class LanguageModel(L.LightningModule):
         due = isinstance(every, int) and (step + 1) * trainer.accumulate_grad_batches % every == 0
         due = due or step + 1 == trainer.max_steps
         missing = trainer.strategy.broadcast(bool(logs) and not any(logger.has(step, "val/loss") for logger in logs))
-        # A callback that keeps the best checkpoint has forgotten what it was told after this one was written.
-        chosen = any(
-            str(getattr(callback, "monitor", None)).startswith("val/") for callback in trainer.checkpoint_callbacks
-        )
+        # A callback that keeps the best checkpoint, or stops early, has forgotten what it was told after this one was written.
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        chosen = any(str(getattr(callback, "monitor", None)).startswith("val/") for callback in callbacks)
         if due and (missing or chosen) and trainer.enable_validation:
             # Lightning takes a checkpoint before the validation of its step, and does not come back to it.
             trainer.validating = True

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import lightning as L
 import pytest
 
 from src.callbacks.preemption import Preempted
@@ -198,6 +199,25 @@ def test_an_end_before_the_last_planned_step_is_recorded(tmp_path, caplog, monke
     assert tiny_run(tmp_path / "killed", *options, "ckpt_path=auto") == metrics
     assert results(tmp_path / "killed")["ended"] == ended
     assert len(curve(tmp_path / "killed", "train/loss")) == ended["step"]
+
+
+def test_killed_after_a_callback_has_stopped_it_and_before_that_is_kept(tmp_path, monkeypatch):
+    """The checkpoint of the step was written before the validation that ended training."""
+    options = ["trainer.max_steps=30", "trainer.val_check_interval=2", EARLY, *EVERY]
+    metrics = tiny_run(tmp_path / "straight", *options)
+    save = L.Trainer.save_checkpoint
+
+    def dies(self: L.Trainer, path: Path, *more: object) -> None:
+        if Path(path).name == "final.ckpt":
+            raise ZeroDivisionError
+        save(self, path, *more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(L.Trainer, "save_checkpoint", dies)
+        with pytest.raises(ZeroDivisionError):
+            tiny_run(tmp_path / "killed", *options)
+    assert tiny_run(tmp_path / "killed", *options, "ckpt_path=auto") == metrics
+    assert results(tmp_path / "killed")["ended"] == results(tmp_path / "straight")["ended"]
 
 
 def test_more_time_trains_further(tmp_path):
