@@ -7,6 +7,7 @@ the folder of the run that it is about.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def data_of(plain: dict[str, Any], trained: dict[str, Any], path: Path) -> Strea
     own = dict(trained["data"])
     if "cache_dir" in own:
         own["cache_dir"] = plain["cache_dir"]
+    if isinstance(own.get("num_workers"), int):
+        own["num_workers"] = min(own["num_workers"], os.cpu_count() or 1)
     return of_checkpoint(own, "data", path)
 
 
@@ -115,8 +118,9 @@ def check_same_vocabulary(trained: dict[str, Any], asked: StreamDataModule, path
 def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any], path: Path) -> L.Trainer:
     """One process with the device and precision of training, unless ``trainer`` says otherwise."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    lines = {"progress": {"_target_": "src.callbacks.progress.Lines"}}
     if plain.get("trainer"):
-        return build_trainer({"trainer": plain["trainer"]}, **quiet)
+        return build_trainer({"trainer": plain["trainer"], "callbacks": lines}, **quiet)
     settings = {
         "_target_": "lightning.Trainer",
         "accelerator": trained["trainer"].get("accelerator", "auto"),
@@ -125,7 +129,7 @@ def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any], path: Pat
         "use_distributed_sampler": False,
     }
     try:
-        return build_trainer({"trainer": settings}, **quiet)
+        return build_trainer({"trainer": settings, "callbacks": lines}, **quiet)
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
 

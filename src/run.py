@@ -92,14 +92,14 @@ def finished_before(plain: dict[str, Any], identity: str, output_dir: Path) -> d
             f"{output_dir}: this run has finished before, on other data than there are now ({told}); its results stand. Choose "
             "another hydra.run.dir for the new data"
         )
-    ended = earlier.results.get("ended") or {}
-    early = (
-        f", after step {ended['step']} of {ended['planned']} ({ended['why']})"
-        if ended.get("why", PLANNED) != PLANNED
-        else ""
-    )
+    ended = earlier.results.get("ended")
+    early = f", after step {ended.get('step')} of {ended.get('planned')} ({ended['why']})" if _is_early(ended) else ""
     log.info(f"{output_dir}: this run has finished before{early}, its results stand")
     return earlier.metrics
+
+
+def _is_early(ended: Any) -> bool:
+    return isinstance(ended, dict) and ended.get("why", PLANNED) != PLANNED
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import lightning as L
@@ -29,10 +30,11 @@ class Bar(RichProgressBar):
 
 
 class Lines(Callback):
-    """Prints ``parts`` lines in the course of a run."""
+    """Prints ``parts`` lines in the course of training, and one every ``seconds`` of a validation or test that takes longer."""
 
-    def __init__(self, parts: int = 20):
-        self.parts = parts
+    def __init__(self, parts: int = 20, seconds: float = 15.0):
+        self.parts, self.seconds = parts, seconds
+        self._told = 0.0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -44,6 +46,35 @@ class Lines(Callback):
         every = max(1, round(total / self.parts / logged)) * logged
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and step % every == 0:
             self.print(step, total, trainer.progress_bar_metrics)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._told = time.monotonic()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._told = time.monotonic()
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Prints if it has been quiet for long."""
+        self._evaluating("validation", batch_idx, trainer.num_val_batches)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Prints if it has been quiet for long."""
+        self._evaluating("test", batch_idx, trainer.num_test_batches)
+
+    def _evaluating(self, what: str, batch_idx: int, batches: Any) -> None:
+        if time.monotonic() - self._told >= self.seconds:
+            self._told = time.monotonic()
+            self._say(f"{what}: {batch_idx + 1} of {sum(batches):,} batches")
+
+    @rank_zero_only
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
 
     @rank_zero_only
     def print(self, step: int, total: int, metrics: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from src.callbacks import throughput
 from src.callbacks.progress import Lines
+from tests.runs import tiny_run
 
 
 def two_ranks(**parts: Any) -> Any:
@@ -87,3 +88,10 @@ def test_lines_appear_only_where_metrics_are_fresh(capsys):
 def test_the_peak_of_a_device_by_its_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert throughput.peak_flops(torch.device("cuda")) == peak
+
+
+def test_a_long_test_says_how_far_it_is(tmp_path, capsys):
+    tiny_run(tmp_path, "+callbacks.lines={_target_: src.callbacks.progress.Lines, seconds: 0}")
+    out = capsys.readouterr().out
+    assert "test: 1 of 2 batches" in out
+    assert "validation: 2 of 2 batches" in out
