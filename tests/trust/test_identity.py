@@ -3,8 +3,8 @@
 import json
 import logging
 import os
+import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import lightning as L
@@ -16,7 +16,8 @@ from src.checkpoints.files import find_checkpoint
 from src.config import ConfigError, experiment_hash, to_plain
 from src.evaluate import evaluate
 from src.modules.language_model import LanguageModel
-from tests.runs import ROOT, TINY, compose_run, curve, evaluation, final, main, results, same, tiny_run
+from src.train import train as train_command
+from tests.runs import TINY, compose_run, curve, evaluation, final, main, results, same, tiny_run
 
 CORPUS = ["data=text_files", "data.tokenizer=bytes", "data.window=64", "data.batch_size=4", "data.eval_batch_size=4"]
 CORPUS += ["data.val_windows=6", "data.test_windows=6"]
@@ -46,6 +47,16 @@ def test_the_last_step_is_validated(tmp_path):
 # ---- W2: whose run is it --------------------------------------------------------------------------------------------
 
 
+FINISHED = ["canon.positions=A", *EVERY]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    tiny_run(folder, *FINISHED)
+    return folder
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -54,21 +65,19 @@ def test_the_last_step_is_validated(tmp_path):
         *("data.seed=7", "model.feedforward.activation=relu", "canon.kernel_size=3", "data.batch_size=8", EARLY),
     ],
 )
-def test_another_computation_does_not_take_over_a_folder(tmp_path, override):
+def test_another_computation_does_not_take_over_a_folder(finished, tmp_path, override):
     """Neither of a run that has finished, nor of one that was stopped on its way."""
-    options = ["canon.positions=A", *EVERY]
-    tiny_run(tmp_path, *options)
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
     key = "EarlyStopping" if override == EARLY else override.partition("=")[0].rpartition(".")[2]
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    with pytest.raises(ConfigError, match=key):
-        tiny_run(tmp_path, *options, override, "ckpt_path=auto")
-    del before[tmp_path / "run.json"]
-    assert {path: path.read_bytes() for path in before} == before
-    (tmp_path / "checkpoints" / "final.ckpt").unlink()
-    (tmp_path / "checkpoints" / "step00000004.ckpt").unlink()
-    with pytest.raises(ConfigError, match=key):
-        tiny_run(tmp_path, *options, override, "ckpt_path=auto")
-    assert {path: path.read_bytes() for path in before} == before
+    before = {path: path.read_bytes() for path in run.rglob("*.json") if path.name != "run.json"}
+    for stopped in (False, True):
+        if stopped:
+            for name in ("final.ckpt", "step00000004.ckpt"):
+                (run / "checkpoints" / name).unlink()
+        with pytest.raises(ConfigError, match=key):
+            tiny_run(run, *FINISHED, override, "ckpt_path=auto")
+        assert {path: path.read_bytes() for path in before} == before
 
 
 def test_what_may_differ_is_said(tmp_path, caplog):
@@ -131,18 +140,18 @@ def test_a_sweep_runs_again_what_ran_on_files_that_were_replaced(tmp_path):
     options = [*CORPUS, f"data.path={texts(tmp_path / 'texts', 'one')}", f"data.cache_dir={tmp_path / 'cache'}", *tiny]
     root = tmp_path / "jobs"
 
-    def train() -> None:
+    def run_it() -> None:
         job = job_of("text", "tiny", {}, [*options, "compare=null"])
         start = start_of(job, root)
-        subprocess.run(start.command, check=True, capture_output=True, cwd=ROOT)
+        main(train_command, "train", *start.command[2:])
         assert is_finished(job, root)
 
-    train()
+    run_it()
     job = job_of("text", "tiny", {}, [*options, "compare=null"])
     before = (job.folder(root) / "results.json").read_bytes()
     texts(tmp_path / "texts", "two")
     assert not is_finished(job, root)
-    train()
+    run_it()
     assert (job.folder(root) / "other_data.1" / "results.json").read_bytes() == before
     assert json.loads((job.folder(root) / "results.json").read_text())["data"] != json.loads(before)["data"]
 

@@ -154,7 +154,10 @@ def test_what_fails_leaves_no_parts(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("output", ["| head -1", ">&-", "> /dev/full", "2>&- >&-"])
+@pytest.mark.parametrize(
+    "output",
+    ["| head -1", "2>&- >&-", *(pytest.param(to, marks=pytest.mark.slow) for to in (">&-", "> /dev/full"))],
+)
 def test_printing_never_ends_a_run(tmp_path, output):
     words = [
         sys.executable,

@@ -63,6 +63,8 @@ def test_nothing_in_a_checkpoint_is_run(trained, tmp_path, monkeypatch, name):
     hit = tmp_path / "hit"
     attack = attacks(hit)[name]
     whole = read_checkpoint(trained)
+    path = tmp_path / "evil.ckpt"
+    scored = compose_run(tmp_path, f"ckpt_path={path}", f"paths.output_dir={tmp_path}", config_name="evaluate")
     opened = []
     for place in [("model", *place) for place in PLACES] + [("data", "window"), ("data", "task"), ("loss", "z_loss")]:
         evil = copy.deepcopy({key: value for key, value in whole.items() if key != "state_dict"})
@@ -72,13 +74,12 @@ def test_nothing_in_a_checkpoint_is_run(trained, tmp_path, monkeypatch, name):
         if place == ("model", "mixers", "T") and name == "a mixer for a number":
             continue  # it belongs there
         node[place[-1]] = attack
-        path = tmp_path / "evil.ckpt"
-        write_checkpoint(evil | {"state_dict": whole["state_dict"]}, path)
+        torch.save(evil | {"state_dict": whole["state_dict"]}, path)
         if place[0] == "model":
             with pytest.raises(CheckpointError, match=r"evil\.ckpt"):
                 load_model(path)
         with pytest.raises(ConfigError, match=r"evil\.ckpt"):
-            evaluate(compose_run(tmp_path, f"ckpt_path={path}", f"paths.output_dir={tmp_path}", config_name="evaluate"))
+            evaluate(scored)
         opened.append(place)
         assert not hit.exists(), place
     assert len(opened) >= len(PLACES) + 2

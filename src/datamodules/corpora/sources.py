@@ -100,7 +100,9 @@ class Source(ABC):
                     yield Document(document.name, valid_unicode(document.text))
         self.finish()
         if not found:
-            raise CorpusError(f"source {self.name!r}: none of its {len(files)} file(s) holds any text")
+            raise CorpusError(
+                f"source {self.name!r}: none of its {len(files)} file(s) holds any text; the first is {files[0][1]}"
+            )
 
     def fingerprint(self) -> str:
         """Return a hash of everything that decides the documents: file names and contents, and how they are parsed."""
