@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.compose import CONFIG_DIR, compose_config
 from src.config import ConfigError, RunError
+from src.config.errors import printable
 from src.overrides import first_misspelt_key, unreadable_override
 
 _USERS_MISTAKES = (
@@ -127,7 +128,8 @@ def quieten() -> None:
 
 def fail(message: str, status: int = 2) -> None:
     """One message, and the end."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    shown = "\n".join(map(printable, message.split("\n")))  # whoever has written what it quotes
+    print(f"error: {shown}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -177,6 +179,15 @@ def outlive_output() -> None:
         if not isinstance(stream, _Output):
             setattr(sys, name, _Output(stream or open(os.devnull, "w")))  # noqa: SIM115 (for as long as the process)
     logging.raiseExceptions = False
+    make = logging.getLogRecordFactory()
+
+    def one_line(*arguments: Any, **more: Any) -> logging.LogRecord:
+        """A message may quote what somebody else has written: no new lines, no control characters of a terminal."""
+        record = make(*arguments, **more)
+        record.msg, record.args = printable(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(one_line)
 
 
 def explain_overrides(config_name: str, overrides: list[str]) -> None:
@@ -194,6 +205,16 @@ def explain_overrides(config_name: str, overrides: list[str]) -> None:
         check_folder(config)
 
 
+def foreign_link(folder: Path) -> Path | None:
+    """The first link in a run's folder, or one level below it, that leads out of the folder: it may have come from elsewhere."""
+    if not folder.is_dir():
+        return None
+    for path in (p for pattern in ("*", ".*", "*/*", ".*/*") for p in folder.glob(pattern)):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            return path
+    return None
+
+
 def check_folder(config: DictConfig) -> None:
     """Ends the process with a message if a run's folder cannot be written, or a test would write over the record of training."""
     try:
@@ -204,6 +225,11 @@ def check_folder(config: DictConfig) -> None:
         fail(
             f"train=false: {folder} holds the record of a run, which a test would overwrite; choose another hydra.run.dir, or score it "
             f"with python src/evaluate.py ckpt_path={folder}"
+        )
+    if (link := foreign_link(folder)) is not None:
+        fail(
+            f"hydra.run.dir={folder}: {link.name!r} in it is a link to {str(link.readlink())!r}; what is written there would be "
+            "written elsewhere. Remove the link, or choose another folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

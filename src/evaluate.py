@@ -7,7 +7,6 @@ the folder of the run that it is about.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from src.checkpoints.files import (  # noqa: E402
 )
 from src.checkpoints.resume import check_same_data  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
+from src.config.errors import printable  # noqa: E402
 from src.datamodules.base import StreamDataModule  # noqa: E402
 from src.datamodules.task import TaskDataModule  # noqa: E402
 from src.datamodules.tasks import Task  # noqa: E402
@@ -76,8 +76,8 @@ def data_of(plain: dict[str, Any], trained: dict[str, Any], path: Path) -> Strea
     own = dict(trained["data"])
     if "cache_dir" in own:
         own["cache_dir"] = plain["cache_dir"]
-    if isinstance(own.get("num_workers"), int):
-        own["num_workers"] = min(own["num_workers"], os.cpu_count() or 1)
+    if "num_workers" in own:
+        own["num_workers"] = 0  # how many processes are started is not for a file to say either
     return of_checkpoint(own, "data", path)
 
 
@@ -90,7 +90,7 @@ def of_checkpoint(section: Any, where: str, path: Path) -> Any:
     try:
         return instantiate(section, where)
     except Exception as error:  # whatever a constructor says of arguments that make no sense
-        raise CheckpointError(f"checkpoint {path}: {error}") from error
+        raise CheckpointError(f"checkpoint {path}: {printable(error)}") from error
 
 
 def check_same_vocabulary(trained: dict[str, Any], asked: StreamDataModule, path: Path) -> None:
@@ -123,8 +123,8 @@ def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any], path: Pat
         return build_trainer({"trainer": plain["trainer"], "callbacks": lines}, **quiet)
     settings = {
         "_target_": "lightning.Trainer",
-        "accelerator": trained["trainer"].get("accelerator", "auto"),
-        "precision": trained["trainer"].get("precision"),
+        "accelerator": _word(trained["trainer"].get("accelerator", "auto"), path),
+        "precision": _word(trained["trainer"].get("precision"), path),
         "devices": 1,
         "use_distributed_sampler": False,
     }
@@ -132,6 +132,12 @@ def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any], path: Pat
         return build_trainer({"trainer": settings, "callbacks": lines}, **quiet)
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
+
+
+def _word(value: Any, path: Path) -> Any:
+    if value is not None and not isinstance(value, str | int):
+        raise CheckpointError(f"checkpoint {path}: its trainer's accelerator and precision are words, not objects")
+    return value
 
 
 def report(

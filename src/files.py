@@ -21,8 +21,10 @@ def part_of(path: Path) -> Path:
 
 def remove_parts(folder: Path) -> None:
     """Removes what processes that were killed have left half-written; for the only one that works in a folder."""
+    if folder.is_symlink():
+        return  # it is somebody else's
     for part in folder.glob(f"*{PART}"):
-        if part.is_dir():
+        if part.is_dir() and not part.is_symlink():
             shutil.rmtree(part)
         else:
             part.unlink()

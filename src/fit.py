@@ -21,8 +21,9 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from src.callbacks.heartbeat import RankLost, lost_rank
 from src.callbacks.preemption import Preempted, wait_for_files
 from src.config import RunError
+from src.config.errors import printable
 from src.datamodules.base import StreamDataModule
-from src.modules.language_model import LanguageModel
+from src.modules.language_model import LanguageModel, is_due
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,13 @@ def fit(
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except Preempted:
         raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        if checkpoint is None or module.began:
+            raise
+        # It was whole, and yet the states in it are not those of this trainer's parts.
+        raise RunError(
+            f"checkpoint {checkpoint} cannot be gone on from: {type(error).__name__}: {printable(error)}"
+        ) from error
     except (RuntimeError, ConnectionError, EOFError) as error:
         # PyTorch says one or the other, depending on what it was waiting for when the process died.
         if datamodule.num_workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)):
@@ -131,12 +139,30 @@ class _FitLoop(_LightningFitLoop):
 
 
 class _EpochLoop(_TrainingEpochLoop):
+    @property
+    def done(self) -> bool:
+        """Training ends after whole optimizer steps only: gradients of a part of one are in no checkpoint."""
+        return super().done and not self._is_within_a_step()
+
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
         """The last step of all is validated too, whatever ``val_check_interval`` says."""
+        if self._is_within_a_step():
+            return False
+        every, ended = self.trainer.val_check_interval, self.total_batch_idx + 1
+        if isinstance(every, int) and is_due(ended, every, self.trainer.accumulate_grad_batches):
+            return self.trainer.enable_validation
         if super()._should_check_val_fx(data_fetcher):
             return True
-        last = self.global_step >= self.trainer.max_steps > 0 and not self._should_accumulate()
-        return last and self.trainer.enable_validation
+        return self.trainer.enable_validation and (
+            self.global_step >= self.trainer.max_steps > 0 or self._is_last_epoch()
+        )
+
+    def _is_within_a_step(self) -> bool:
+        return self._should_accumulate()
+
+    def _is_last_epoch(self) -> bool:
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        return self._num_ready_batches_reached() and epochs.started >= (self.trainer.max_epochs or -1) > 0
 
     def reset(self) -> None:
         """Lightning adds one to the number of steps that it has logged, also after a checkpoint that had counted them all."""

@@ -22,7 +22,15 @@ from src.callbacks.guard import Guard, RollBack
 from src.callbacks.preemption import at_once
 from src.callbacks.throughput import Throughput
 from src.checkpoints.files import read_checkpoint, to_resume
-from src.checkpoints.resume import check_same_data, check_same_model, check_same_run, check_steps_left, is_over
+from src.checkpoints.resume import (
+    check_same_data,
+    check_same_model,
+    check_same_run,
+    check_steps_left,
+    continued_from,
+    is_over,
+    is_scored_otherwise,
+)
 from src.components.backbone import Backbone
 from src.components.kernels.registry import forget_backends, used_backends
 from src.config import ConfigError, check, check_complete, experiment_hash, instantiate, suggest, to_plain
@@ -93,13 +101,11 @@ def finished_before(plain: dict[str, Any], identity: str, output_dir: Path) -> d
             "another hydra.run.dir for the new data"
         )
     ended = earlier.results.get("ended")
-    early = f", after step {ended.get('step')} of {ended.get('planned')} ({ended['why']})" if _is_early(ended) else ""
+    early = ""
+    if isinstance(ended, dict) and ended.get("why", PLANNED) != PLANNED:
+        early = f", after step {ended.get('step')} of {ended.get('planned')} ({ended['why']})"
     log.info(f"{output_dir}: this run has finished before{early}, its results stand")
     return earlier.metrics
-
-
-def _is_early(ended: Any) -> bool:
-    return isinstance(ended, dict) and ended.get("why", PLANNED) != PLANNED
 
 
 @contextmanager
@@ -128,17 +134,22 @@ def alone_in(output_dir: Path) -> Iterator[None]:
 
 
 def _recorded(plain: dict[str, Any], identity: str, output_dir: Path, checkpoint: str | None) -> dict[str, float]:
-    with Recorded(output_dir, identity, checkpoint):
+    with Recorded(output_dir, identity, checkpoint) as recorded:
         leave_out: set[int] = set()
         while True:
             try:
-                return _run(plain, identity, output_dir, checkpoint, leave_out)
+                return _run(plain, identity, output_dir, checkpoint, leave_out, recorded)
             except RollBack as back:
                 checkpoint, leave_out = str(back.checkpoint), back.leave_out
 
 
 def _run(
-    plain: dict[str, Any], identity: str, output_dir: Path, checkpoint: str | None, leave_out: set[int]
+    plain: dict[str, Any],
+    identity: str,
+    output_dir: Path,
+    checkpoint: str | None,
+    leave_out: set[int],
+    recorded: Recorded,
 ) -> dict[str, float]:
     """One attempt: from the start or a checkpoint to the end.
 
@@ -155,21 +166,11 @@ def _run(
     check_cut(datamodule, trainer)
     check_steps(datamodule, plain["trainer"]["max_steps"])
     net = build_net(plain, datamodule, deferred=may_be_deferred(plain["model"], trainer.strategy))
-    over, opened = False, None
-    if checkpoint is not None:
-        opened = read_checkpoint(checkpoint, tensors="none")
-        check_same_data(opened, datamodule.fingerprint(), checkpoint)
-        check_same_model(opened, plain, checkpoint)
-        if plain["train"]:
-            own = _is_in(checkpoint, output_dir)
-            over = own and is_over(opened, plain)
-            if not over:
-                check_steps_left(opened, plain, checkpoint, own=own)
-            check_same_run(opened, plain, checkpoint)
-            log.info(
-                f"{checkpoint}: {'training is over, testing' if over else 'going on'} after step {opened['global_step']}"
-            )
+    opened, over = take_up(plain, datamodule, checkpoint, output_dir)
     module = build_module(plain, net, config_hash=identity)
+    if opened is not None and plain["train"]:
+        module.continued_here = continued_from(opened, plain)
+    recorded.begin()
     introduce(plain, net, datamodule, output_dir)
 
     started = time.perf_counter()
@@ -184,12 +185,44 @@ def _run(
         metrics = dict(trainer.callback_metrics)
     elif over:
         module.on_load_checkpoint(read_checkpoint(str(checkpoint), tensors="none"))
-    metrics |= module.validated if plain["train"] else {}
+    if over and opened is not None and is_scored_otherwise(opened, plain):
+        trainer.validate(module, datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+        module.validated_step = opened["global_step"]
+    steps = opened["global_step"] if opened is not None and (over or not plain["train"]) else trainer.global_step
+    if plain["train"] and module.validated_step in (
+        None,
+        steps,
+    ):  # of these weights, or of an older version's checkpoint
+        metrics |= module.validated
     result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
     seconds = time.perf_counter() - started + (module.seconds_before if plain["train"] else 0.0)
-    steps = opened["global_step"] if opened is not None and (over or not plain["train"]) else trainer.global_step
     record(output_dir, plain["name"], identity, steps, module, datamodule, trainer, result, seconds)
     return result
+
+
+def take_up(
+    plain: dict[str, Any], datamodule: StreamDataModule, checkpoint: str | None, output_dir: Path
+) -> tuple[dict[str, Any] | None, bool]:
+    """What a run goes on from, and whether its training is over; None for a run from the start.
+
+    Raises:
+        ConfigError: the checkpoint is that of another run, or leaves nothing to do.
+    """
+    if checkpoint is None:
+        return None, False
+    opened, train = read_checkpoint(checkpoint, tensors="none"), plain["train"]
+    check_same_data(opened, datamodule.fingerprint(), checkpoint)
+    check_same_model(opened, plain, checkpoint)
+    own = _is_in(checkpoint, output_dir)
+    over = train and own and is_over(opened, plain)
+    if train and not over:
+        check_steps_left(opened, plain, checkpoint, own=own)
+    check_same_run(opened, plain, checkpoint, over=over)
+    if train:
+        log.info(
+            f"{checkpoint}: {'training is over, testing' if over else 'going on'} after step {opened['global_step']}"
+        )
+    return opened, over
 
 
 def checked(config: DictConfig) -> dict[str, Any]:
@@ -239,9 +272,24 @@ def check_settings(plain: dict[str, Any]) -> None:
     for key in ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
         if isinstance(trainer.get(key, 1), int) and trainer.get(key, 1) < 1:
             raise ConfigError(f"trainer.{key}={trainer[key]}: at least 1")
+    check_batches(trainer)
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and clip <= 0:
         raise ConfigError(f"trainer.gradient_clip_val={clip}: positive, or null for no clipping")
+
+
+def check_batches(trainer: dict[str, Any]) -> None:
+    """Raises a ConfigError where an optimizer step would be cut by the end of an epoch, or an epoch's length be needed."""
+    accumulate, limit = trainer.get("accumulate_grad_batches") or 1, trainer.get("limit_train_batches")
+    if isinstance(limit, int) and limit % accumulate:
+        raise ConfigError(
+            f"trainer.limit_train_batches={limit}: a multiple of trainer.accumulate_grad_batches={accumulate}"
+        )
+    for key in ("val_check_interval", "limit_train_batches"):
+        if isinstance(trainer.get(key), float):
+            raise ConfigError(
+                f"trainer.{key}={trainer[key]}: a whole number of batches; the stream has no epochs to take a share of"
+            )
 
 
 def check_watched(plain: dict[str, Any]) -> None:
@@ -384,6 +432,7 @@ def record(
         "backends": used_backends(),
         "steps": steps,
         "ended": module.ended,
+        "continued": module.continued,
         "tokens": tokens,
         "training_flops": 3 * flops * tokens,
         "tokens_per_second": clock.rate if clock else None,

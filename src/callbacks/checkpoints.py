@@ -62,8 +62,14 @@ class Checkpoints(ModelCheckpoint):
         return self._last_checkpoint_saved or None
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        # By where it really lies: what a checkpoint says of files to be removed may come from elsewhere.
-        return previous != current and Path(previous).parent.resolve() == Path(str(self.dirpath)).resolve()
+        # What a checkpoint says of files to be removed may come from elsewhere: only checkpoints, by their names, in this very folder.
+        path = Path(previous)
+        own = (
+            path.parent.resolve() == Path(str(self.dirpath)).resolve()
+            and path.suffix == ".ckpt"
+            and path.stem.strip(".")
+        )
+        return previous != current and bool(own) and not path.is_symlink()
 
 
 def _moved(value: Any, before: str, now: str) -> Any:

@@ -20,37 +20,44 @@ if __package__ in (None, ""):
 from src.checkpoints.files import CheckpointError, find_checkpoint, newest_first, problem_of, read_checkpoint
 from src.checkpoints.io import write_checkpoint
 from src.checkpoints.sharded import describe, is_sharded, write_shards
+from src.config.errors import printable
 
 
 def inspect(path: Path) -> int:
-    """Prints what a checkpoint holds; reads no tensors of shards."""
+    """Prints what a checkpoint holds; reads no tensors of shards. What is missing or odd in it is shown as it is."""
     found = find_checkpoint(path)
     checkpoint = read_checkpoint(found, tensors="none")
     config = checkpoint["config"]
+    model, canon = config["model"], config["model"].get("canon")
     rows: dict[str, Any] = {
         "file": found,
-        "step": f"{checkpoint['global_step']:,} of {config['trainer']['max_steps']:,}",
+        "step": f"{_number(checkpoint['global_step'])} of {_number(config['trainer'].get('max_steps'))}",
+        "run": config.get("name"),
+        "format": checkpoint["format"],
+        "model": f"{model.get('depth')} x {model.get('dim')} {model.get('pattern')}, vocabulary {_number(model.get('vocab_size'))}",
+        "Canon": (canon.get("positions") if isinstance(canon, dict) else canon) or "none",
+        "data": checkpoint.get("data"),
     }
-    rows |= {"run": config["name"], "format": checkpoint["format"]}
-    model, canon = config["model"], config["model"].get("canon") or {}
-    rows["model"] = f"{model['depth']} x {model['dim']} {model['pattern']}, vocabulary {model['vocab_size']:,}"
-    rows["Canon"] = canon.get("positions") or "none"
-    rows["data"] = checkpoint.get("data")
+    if checkpoint.get("ended"):
+        rows["ended"] = checkpoint["ended"].get("why")
     if is_sharded(found):
         rows |= describe(found)
     else:
         weights = checkpoint["state_dict"]
         rows |= {"tensors": len(weights), "numbers": f"{sum(t.numel() for t in weights.values()):,}"}
         rows["optimizer"] = "yes" if checkpoint.get("optimizer_states") else "no"
-    rows["bytes"] = (
-        f"{sum(f.stat().st_size for f in (found.rglob('*') if found.is_dir() else [found]) if f.is_file()):,}"
-    )
+    files = found.rglob("*") if found.is_dir() else [found]
+    rows["bytes"] = f"{sum(file.stat().st_size for file in files if file.is_file()):,}"
     problem = problem_of(found, thorough=True)
     rows["whole"] = "yes" if problem is None else f"no: {problem}"
     width = max(len(name) for name in rows)
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {printable(value)[:2000]}")
     return int(problem is not None)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def verify(paths: list[Path]) -> int:
@@ -61,7 +68,7 @@ def verify(paths: list[Path]) -> int:
             problem = problem_of(checkpoint, thorough=True)
             broken += problem is not None
             told = problem or f"step {read_checkpoint(checkpoint, tensors='none')['global_step']:,}"
-            print(f"{'damaged' if problem else 'whole':<8} {checkpoint}  {told}")
+            print(f"{'damaged' if problem else 'whole':<8} {printable(checkpoint)}  {printable(told)}")
     return int(broken > 0)
 
 
@@ -123,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return command(**given)
     except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
 
 

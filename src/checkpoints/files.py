@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from src.build import model_from_config
-from src.checkpoints.integrity import CHECKPOINT_FORMAT, PREFIX, damage, step_of
+from src.checkpoints.contents import check_contents
+from src.checkpoints.integrity import PREFIX, damage, refuse_compressed, step_of
 from src.checkpoints.sharded import META, check_shards, is_sharded, read_metadata, read_shards
 from src.components.backbone import Backbone
 from src.config import ConfigError
+from src.config.errors import printable
 
 log = logging.getLogger(__name__)
 
@@ -47,63 +48,37 @@ def read_checkpoint(path: str | Path, *, tensors: Tensors = "all") -> dict[str, 
 def _opened(path: Path, tensors: Tensors) -> dict[str, Any]:
     try:
         if not is_sharded(path):
+            refuse_compressed(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         elif tensors == "none":
             read_metadata(path)
+            refuse_compressed(path / META)
             checkpoint = torch.load(path / META, weights_only=True) | {"state_dict": {}}
         else:
+            refuse_compressed(path / META)
             checkpoint = read_shards(path, optimizer=tensors == "all")
     except Exception as error:  # bytes that are no checkpoint can mean anything
-        raise CheckpointError(f"checkpoint {path} cannot be opened as plain data: {_reason(error)}") from error
-    _check_contents(checkpoint, path)
+        raise CheckpointError(
+            f"checkpoint {printable(path)} cannot be opened as plain data: {_reason(error)}"
+        ) from error
+    try:
+        check_contents(checkpoint)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{printable(path)} is damaged, foreign or of another version: {printable(error)}"
+        ) from error
     return checkpoint
 
 
-# What a checkpoint of this project holds, and of which kind it is; what else there is, Lightning and its callbacks read.
-_CONTENTS = {"config": dict, "state_dict": dict, "global_step": int}
-_OPTIONAL = {"data": dict, "pending_metrics": dict, "validated": dict, "ended": dict, "seconds": float, "epoch": int}
-
-
-def _check_contents(checkpoint: Any, path: Path) -> None:
-    """Raises a CheckpointError unless a checkpoint holds what the rest of the program takes for granted."""
-    if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is not a checkpoint of this project: it has no 'config' and 'state_dict'")
-    if checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {str(checkpoint.get('format'))[:50]!r}; this version reads {CHECKPOINT_FORMAT}"
-        )
-    for key, kind in (_CONTENTS | _OPTIONAL).items():
-        value = checkpoint.get(key)
-        if not (
-            isinstance(value, kind) or (value is None and key in _OPTIONAL) or (kind is float and type(value) is int)
-        ):
-            raise CheckpointError(f"{path} is damaged or foreign: its {key!r} is a {type(value).__name__}")
-    for section in ("model", "trainer", "data"):
-        if not isinstance(checkpoint["config"].get(section), dict):
-            raise CheckpointError(f"{path} is damaged or foreign: its configuration has no section {section!r}")
-    for name, tensor in checkpoint["state_dict"].items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_filled(tensor):
-            raise CheckpointError(
-                f"{path} is damaged or foreign: {str(name)[:100]!r} among its weights is no plain tensor"
-            )
-
-
-def _is_filled(tensor: Tensor) -> bool:
-    """Whether every number of a tensor lies in the file: strides can make a few bytes look like a thousand gigabytes."""
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
 def _reason(error: Exception) -> str:
-    text = str(error).strip()
+    text = printable(str(error).strip())
     if foreign := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", text):
         return f"it holds a pickled object, {foreign[1]}, which could run code"
     if isinstance(error, pickle.UnpicklingError) and text.startswith("Weights only load failed"):
         return "it holds more than plain data (weights_only=True refuses it)"
     if "mmap can only be used" in text:
         return "it is not a checkpoint"
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.split("\\n")[0] if text else type(error).__name__
 
 
 def problem_of(path: Path, *, thorough: bool = False) -> str | None:
@@ -262,7 +237,7 @@ def model_from_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> Backb
     weights = {name.removeprefix(PREFIX): w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
     model_config = checkpoint["config"]["model"]
     depth = model_config.get("depth")
-    if isinstance(depth, int) and depth > len(weights):  # before a million blocks are built
+    if isinstance(depth, int | float) and depth > len(weights):  # before a million blocks are built
         raise CheckpointError(f"checkpoint {path}: model.depth={depth:,}, but it holds {len(weights)} tensors")
     try:
         # Built on the meta device: initial weights that are about to be replaced need not be drawn.
@@ -270,7 +245,7 @@ def model_from_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> Backb
         net.load_state_dict(weights, assign=True)
     except Exception as error:  # whatever a constructor says of arguments that make no sense
         raise CheckpointError(
-            f"checkpoint {path} holds no model that can be built here: {str(error)[:1000]}"
+            f"checkpoint {path} holds no model that can be built here: {printable(str(error)[:1000])}"
         ) from error
     if net.tie_embeddings:
         net.head.weight = net.embedding.weight

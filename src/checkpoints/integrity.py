@@ -28,10 +28,11 @@ def _damaged_file(path: Path) -> str | None:
     if not path.is_file():
         return "it does not exist"
     if written.is_file():
-        if written.read_text(errors="replace").split()[:1] == [sha256(path)]:
+        if _start_of(written).split()[:1] == [sha256(path)]:
             return None
         return f"its {path.stat().st_size:,} bytes are not those that were written (SHA-256)"
     try:
+        refuse_compressed(path)
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except Exception as error:  # a changed bit of the directory may mean anything: another compression, a password, a name in no alphabet
@@ -39,17 +40,39 @@ def _damaged_file(path: Path) -> str | None:
     return None if broken is None else f"its part {broken} has changed (CRC-32)"
 
 
+def refuse_compressed(path: Path) -> None:
+    """Raises a ValueError for an archive that would unpack to more than it is: checkpoints are stored as they are."""
+    if not zipfile.is_zipfile(path):
+        return  # which PyTorch has words of its own for
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if (
+        any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+        or sum(e.file_size for e in entries) > path.stat().st_size
+    ):
+        raise ValueError("it is a compressed archive, which no checkpoint of this project is")
+
+
 def _damaged_folder(path: Path) -> str | None:
     sums = path / SUMS
     if not sums.is_file():
         return f"it has no {SUMS}: it was not written to its end"
+    if sums.stat().st_size > 2**24:
+        return f"its {SUMS} is no list of checksums"
     written = {line[66:]: line[:64] for line in sums.read_text(errors="replace").splitlines()}
+    if odd := next((name for name in written if not re.fullmatch(r"[\w.-]+", name)), None):
+        return f"its {SUMS} names {odd!r}, which is no file of this folder"
     for name in sorted(written.keys() | {".metadata"} | {file.name for file in path.glob("*.distcp")}):
         if not (path / name).is_file():
             return f"{name!r} is missing"
         if written.get(name) != sha256(path / name):
-            return f"the bytes of {name} are not those that were written (SHA-256)"
+            return f"the bytes of {name!r} are not those that were written (SHA-256)"
     return None
+
+
+def _start_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(1000).decode("utf-8", "replace")
 
 
 def sha256(path: Path) -> str:

@@ -186,7 +186,9 @@ class _Hashed:
 
 
 def _remove_files(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if path.suffix != ".ckpt" or not path.stem.strip("."):
+        raise ValueError(f"{path} has no name of a checkpoint and is not removed")
+    if is_sharded(path) and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

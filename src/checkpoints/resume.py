@@ -14,6 +14,7 @@ from typing import Any
 
 from src.checkpoints.files import CheckpointError
 from src.config import ConfigError
+from src.config.errors import printable
 from src.config.identity import computed
 from src.config.registry import class_of, section_of
 from src.config.schema import PARTIAL, TARGET
@@ -41,20 +42,37 @@ MAY_DIFFER = (
 )
 # What ends training; a run that was over under other values of these may have more to do.
 ENDS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.limit_train_batches", "callbacks")
+# What decides about the outcome of an evaluation besides the weights.
+SCORING = (
+    "data.val_windows",
+    "data.test_windows",
+    "data.val_answers",
+    "data.test_answers",
+    "trainer.limit_val_batches",
+)
 # Sections that others refer to, and that say nothing by themselves.
 _INGREDIENTS = ("size", "position", "canon")
 
 
-def check_same_run(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path) -> None:
+def check_same_run(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path, *, over: bool = False) -> None:
     """Raises a CheckpointError that names every setting in which the run of a checkpoint differs from this one and must not.
 
     Args:
         checkpoint: as ``read_checkpoint`` returns it.
         plain: the configuration of this run, with ``model.vocab_size`` filled in.
         path: of the checkpoint, for the message.
+        over: nothing will be trained any more: what decides about steps cannot be changed then.
     """
     differing = differences(checkpoint["config"], plain)
-    refused = {key: pair for key, pair in differing.items() if not _is_under(key, MAY_DIFFER)}
+    free = {key for key in differing if _is_under(key, MAY_DIFFER)}
+    if over or _has_skipped(checkpoint):  # a guard that has left out updates has left its mark on the weights
+        free -= {key for key in differing if _is_under(key, ("callbacks",))}
+    if over:
+        free -= {key for key in differing if _is_under(key, ENDS) or key.startswith("scheduler.")}
+    if str((checkpoint.get("ended") or {}).get("why")).startswith("trainer.max_epochs"):
+        # Lightning's count of epochs begun does not go on from one that has ended.
+        free -= {key for key in differing if _is_under(key, ("trainer.max_epochs", "trainer.limit_train_batches"))}
+    refused = {key: pair for key, pair in differing.items() if key not in free}
     if refused:
         raise CheckpointError(
             f"ckpt_path={path} was trained with other settings than this run has: {_told(refused)}. {_REPEAT}"
@@ -66,6 +84,25 @@ def check_same_run(checkpoint: dict[str, Any], plain: dict[str, Any], path: str 
         log.warning(
             f"resuming a run of {before} steps as one of {now}: the learning rate follows the new schedule from here"
         )
+
+
+def _has_skipped(checkpoint: dict[str, Any]) -> bool:
+    states = checkpoint.get("callbacks") or {}
+    return any(isinstance(state, dict) and state.get("skipped") for state in states.values())
+
+
+def continued_from(checkpoint: dict[str, Any], plain: dict[str, Any]) -> list[dict[str, int]]:
+    """What to note of a checkpoint of a run with another number of steps: its weights have seen another schedule.
+
+    Runs that have been continued so bear the hash of the longer run; the note tells them from one that was that long from the start.
+    """
+    before, now = (config["trainer"].get("max_steps") for config in (checkpoint["config"], plain))
+    return [] if before == now else [{"step": checkpoint["global_step"], "planned": before}]
+
+
+def is_scored_otherwise(checkpoint: dict[str, Any], plain: dict[str, Any]) -> bool:
+    """Whether the validation that a checkpoint remembers would have another outcome now."""
+    return any(_is_under(key, SCORING) for key in differences(checkpoint["config"], plain))
 
 
 def check_steps_left(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path, *, own: bool) -> None:
@@ -103,7 +140,11 @@ def check_same_model(checkpoint: dict[str, Any], plain: dict[str, Any], path: st
 
 def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], path: str | Path) -> None:
     """Raises a CheckpointError when the data is not what the checkpoint was trained on (another corpus, another tokeniser)."""
-    if differing := _pairs(_flatten(checkpoint["data"] or {}), _flatten(fingerprint)):
+    theirs, ours = _flatten(checkpoint["data"] or {}), _flatten(fingerprint)
+    # What an older version had not written down cannot be compared.
+    if differing := {
+        key: pair for key, pair in _pairs(theirs, ours).items() if key in theirs or not checkpoint["data"]
+    }:
         raise CheckpointError(
             f"ckpt_path={path} was trained on other data than there is here: {_told(differing)}. {_REPEAT}"
         )
@@ -159,7 +200,7 @@ def _is_under(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _told(differing: dict[str, tuple[Any, Any]]) -> str:
-    return "; ".join(f"{key}: {there!r} there, {here!r} here" for key, (there, here) in differing.items())
+    return "; ".join(f"{printable(key)}: {there!r} there, {here!r} here" for key, (there, here) in differing.items())
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -28,8 +28,16 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -49,14 +57,12 @@ _TYPES = {
     *((f"{_DCP}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib._local", "PosixPath"),
     ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
+    # Where a checkpoint lay when it was written; what is made of them is thrown away.
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }
+_FILLED = (Metadata, MetadataIndex, StorageMeta, TensorProperties, _StorageInfo)
+_FILLED += (TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata)
 _SHARD = re.compile(r"[\w-]+\.distcp")
 _MOST_DESCRIPTION = 2**28  # bytes of .metadata
 
@@ -67,9 +73,11 @@ def is_sharded(path: Path) -> bool:
 
 
 class _Descriptions(pickle._Unpickler):  # the one in Python, whose steps can be replaced
-    """Knows DCP's descriptions and nothing else, and changes no class."""
+    """Knows DCP's descriptions and nothing else, fills in their fields and changes nothing besides."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == ("torch.serialization", "_get_layout"):
+            return _layout
         dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
         if dtype or (module_name, global_name) in _TYPES:
             return super().find_class(module_name, global_name)
@@ -78,11 +86,42 @@ class _Descriptions(pickle._Unpickler):  # the one in Python, whose steps can be
         )
 
     def load_build(self) -> None:
-        if isinstance(self.stack[-2], type):  # type: ignore[attr-defined]
-            raise pickle.UnpicklingError(f"{METADATA} wants to change a class")
+        filled, state = self.stack[-2:]  # type: ignore[attr-defined]
+        fields = state if isinstance(state, dict) else {}
+        if type(filled) not in _FILLED or not all(isinstance(key, str) and key.isidentifier() for key in fields):
+            raise pickle.UnpicklingError(f"{METADATA} wants to change something that is no description")
         super().load_build()  # type: ignore[misc]
 
-    dispatch = dict(pickle._Unpickler.dispatch) | {pickle.BUILD[0]: load_build}  # type: ignore[attr-defined]
+    # What is a key is hashed, and a pair of pairs of pairs would take for ever.
+
+    def load_setitem(self) -> None:
+        _check_key(self.stack[-2])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            _check_key(key)
+            self.stack[-1][key] = value  # type: ignore[attr-defined]
+
+    dispatch = dict(pickle._Unpickler.dispatch) | {  # type: ignore[attr-defined]
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
+    for _unused in (pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
+        del dispatch[_unused[0]]
+
+
+def _check_key(key: Any) -> None:
+    if type(key) is not str:
+        _index(key)
+
+
+def _layout(name: str) -> torch.layout:
+    if name != "torch.strided":
+        raise pickle.UnpicklingError(f"{METADATA} describes a tensor of layout {str(name)[:50]!r}")
+    return torch.strided
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -99,42 +138,98 @@ def read_metadata(folder: Path) -> Metadata:
         raise pickle.UnpicklingError(f"{METADATA} holds more than {_MOST_DESCRIPTION:,} bytes")
     with path.open("rb") as file:
         try:
-            found = _Descriptions(file).load()
-            _check_description(found, folder)
+            return _checked_description(_Descriptions(file).load(), folder)
         except pickle.UnpicklingError:
             raise
-        except Exception as error:  # bytes that are no pickle can mean anything
+        except Exception as error:  # bytes that are no pickle can mean anything, an operation that was taken away too
             raise pickle.UnpicklingError(f"{METADATA} cannot be read: {type(error).__name__}: {error}") from error
-    found.storage_meta = StorageMeta()
-    return found
 
 
-def _check_description(found: Any, folder: Path) -> None:
-    """Raises an UnpicklingError unless a description speaks of this folder's own files, and of no more than they hold."""
-    if type(found) is not Metadata or not isinstance(found.state_dict_metadata, dict):
+def _checked_description(found: Any, folder: Path) -> Metadata:
+    """A description made anew of what a file says, if that speaks of this folder's own files and of no more than they hold.
+
+    Raises:
+        pickle.UnpicklingError: it does not.
+    """
+    if (
+        type(found) is not Metadata
+        or type(found.state_dict_metadata) is not dict
+        or type(found.storage_data) is not dict
+    ):
         raise pickle.UnpicklingError(f"{METADATA} is no description of shards")
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.distcp") if path.is_file()}
-    for place in found.storage_data.values():
-        name = str(place.relative_path)
-        if not _SHARD.fullmatch(name) or name not in sizes or (folder / name).resolve().parent != folder.resolve():
-            raise pickle.UnpicklingError(f"{METADATA} sends readers to {name!r}, which is none of this folder's shards")
-        if not 0 <= place.offset <= place.offset + place.length <= sizes[name]:
-            raise pickle.UnpicklingError(f"{METADATA} reaches beyond the end of {name}")
-        if place.transform_descriptors:
-            raise pickle.UnpicklingError(
-                f"{METADATA} wants {name} transformed, which no checkpoint of this project does"
-            )
-    claimed = 0
+    places = {_index(index): _place(place, folder, sizes) for index, place in found.storage_data.items()}
+    bytes_of: dict[str, int] = {}
+    for index, place in places.items():
+        bytes_of[index.fqn] = bytes_of.get(index.fqn, 0) + place.length
+    entries: dict[str, Any] = {}
     for name, entry in found.state_dict_metadata.items():
-        path = (found.planner_data or {}).get(name)
-        if path is not None and (not isinstance(path, tuple) or ".".join(map(str, path)) != name):
-            raise pickle.UnpicklingError(f"{METADATA} files {name!r} under another name")
+        if type(name) is not str:
+            raise pickle.UnpicklingError(f"{METADATA} has a name that is none")
         if type(entry) is TensorStorageMetadata:
-            claimed += math.prod(entry.size) * entry.properties.dtype.itemsize
-        elif type(entry) is not BytesStorageMetadata or not name.startswith(OPTIMIZER):
+            entries[name] = _tensor(name, entry, bytes_of.get(name, 0))
+        elif type(entry) is BytesStorageMetadata and name.startswith(OPTIMIZER):
+            entries[name] = BytesStorageMetadata()
+        else:
             raise pickle.UnpicklingError(f"{METADATA} has {name!r}, which is no tensor and may be a pickled object")
-    if claimed > sum(sizes.values()):
-        raise pickle.UnpicklingError(f"{METADATA} describes {claimed:,} bytes of tensors, more than the shards hold")
+    return Metadata(entries, _paths(found.planner_data, entries), places, StorageMeta())
+
+
+def _index(index: Any) -> MetadataIndex:
+    offset = getattr(index, "offset", None)
+    if type(index) is not MetadataIndex or type(index.fqn) is not str:
+        raise pickle.UnpicklingError(f"{METADATA} has a place without a name")
+    return MetadataIndex(
+        index.fqn, None if offset is None else _sizes(offset), index.index if type(index.index) is int else None
+    )
+
+
+def _place(place: Any, folder: Path, sizes: dict[str, int]) -> _StorageInfo:
+    name, offset, length = place.relative_path, place.offset, place.length
+    if type(name) is not str or not _SHARD.fullmatch(name) or name not in sizes or (folder / name).is_symlink():
+        raise pickle.UnpicklingError(
+            f"{METADATA} sends readers to {str(name)[:200]!r}, which is none of this folder's shards"
+        )
+    if type(offset) is not int or type(length) is not int or not 0 <= offset <= offset + length <= sizes[name]:
+        raise pickle.UnpicklingError(f"{METADATA} reaches beyond the end of {name}")
+    if getattr(place, "transform_descriptors", None):
+        raise pickle.UnpicklingError(f"{METADATA} wants {name} transformed, which no checkpoint of this project does")
+    return _StorageInfo(name, offset, length)
+
+
+def _tensor(name: str, entry: TensorStorageMetadata, there: int) -> TensorStorageMetadata:
+    size, dtype = _sizes(entry.size), entry.properties.dtype
+    if not isinstance(dtype, torch.dtype) or math.prod(size) * dtype.itemsize > there:
+        raise pickle.UnpicklingError(f"{METADATA} describes more of {name!r} than the shards hold")
+    chunks = [ChunkStorageMetadata(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in entry.chunks]
+    if sum(math.prod(chunk.sizes) for chunk in chunks) > math.prod(size):
+        raise pickle.UnpicklingError(f"{METADATA} describes {name!r} more than once")
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _sizes(sizes: Any) -> torch.Size:
+    if not isinstance(sizes, tuple) or len(sizes) > 16 or not all(type(n) is int and 0 <= n < 2**48 for n in sizes):
+        raise pickle.UnpicklingError(f"{METADATA} has a size that is none")
+    return torch.Size(sizes)
+
+
+def _paths(planner_data: Any, entries: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Under which keys of nested dictionaries and lists the entries belong."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name in entries:
+        path = planner_data.get(name) if isinstance(planner_data, dict) else None
+        path = (name,) if path is None else path
+        right = type(path) is tuple and all(
+            type(key) is str or (type(key) is int and 0 <= key < len(entries)) for key in path
+        )
+        if (
+            not right
+            or ".".join(map(str, path)) != name
+            or (name.startswith(WEIGHTS) and not all(type(k) is str for k in path))
+        ):
+            raise pickle.UnpicklingError(f"{METADATA} files {name!r} under another name")
+        found[name] = path
+    return found
 
 
 class _Reader(FileSystemReader):

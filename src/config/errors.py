@@ -21,3 +21,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
         return "there are none"
     close = difflib.get_close_matches(word, known, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"There are: {', '.join(known)}"
+
+
+def printable(text: object) -> str:
+    """Text as a terminal and a log may show it, whoever has written it: control characters, new lines too, as Python writes them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from src.checkpoints.integrity import CHECKPOINT_FORMAT
 from src.components.backbone import Backbone
+from src.config import RunError
 from src.datamodules.stream import reads_alone
 from src.evaluation.evaluators import Evaluator
 from src.modules.losses import NextTokenLoss
@@ -27,6 +28,11 @@ from src.reporting.csv_log import CSVLog
 def is_log_step(trainer: Any, step: int) -> bool:
     """Whether metrics of the ``step``-th optimizer step (counted from 1) are logged."""
     return step % trainer.log_every_n_steps == 0
+
+
+def is_due(batches: int, every: int, micro: int) -> bool:
+    """Whether a validation every so many batches falls due in the optimizer step that has just ended, of ``micro`` batches."""
+    return batches // every > (batches - micro) // every
 
 
 class LanguageModel(L.LightningModule):
@@ -78,8 +84,14 @@ class LanguageModel(L.LightningModule):
         self.counts: dict[str, tuple[int, int]] = {}
         # What the latest validation has found; a resumed run may have ended before the next.
         self.validated: dict[str, float] = {}
+        self.validated_step: int | None = None  # of whose weights; None where that is not known
+        # What shorter runs this one has been continued from: step and planned steps.
+        self.continued: list[dict[str, int]] = []
+        self.continued_here: list[dict[str, int]] = []
         # How training ended, once it has: see ``fit.ending``.
         self.ended: dict[str, Any] | None = None
+        # Whether what a checkpoint held has been taken over and training has begun.
+        self.began = False
         self._configured = False
         self._step_metrics: list[dict[str, Tensor]] = []
         self._loss_of_step = torch.zeros(())
@@ -218,6 +230,7 @@ class LanguageModel(L.LightningModule):
         found = {name: value.float() for name, value in evaluator.compute().items()}
         if split == "val":
             self.validated = {f"val/{name}": float(value) for name, value in found.items()}
+            self.validated_step = self.trainer.global_step
         for name, value in found.items():
             # The evaluator has already summed over ranks; sync_dist only tells Lightning that we know.
             shown = name in ("loss", "accuracy", "bits_per_byte")
@@ -247,7 +260,8 @@ class LanguageModel(L.LightningModule):
         checkpoint["data"] = datamodule.fingerprint() if datamodule is not None else None
         checkpoint["pending_metrics"] = self._pending_metrics()
         counts = {name: pair for name, pair in self.counts.items() if name.startswith("val/")}
-        checkpoint["validated"] = {"metrics": self.validated, "counts": counts}
+        checkpoint["validated"] = {"metrics": self.validated, "counts": counts, "step": self.validated_step}
+        checkpoint["continued"] = self.continued
         checkpoint["ended"] = self.ended
         checkpoint["seconds"] = self.seconds_before + time.perf_counter() - self._since
 
@@ -269,8 +283,10 @@ class LanguageModel(L.LightningModule):
         self._epoch = checkpoint["epoch"]
         self.seconds_before = checkpoint.get("seconds") or 0.0
         self.ended = checkpoint.get("ended")
-        validated = checkpoint.get("validated") or {"metrics": {}, "counts": {}}
+        validated: dict[str, Any] = checkpoint.get("validated") or {"metrics": {}, "counts": {}}
         self.validated, self.counts = dict(validated["metrics"]), dict(validated["counts"])
+        self.validated_step = validated.get("step")
+        self.continued = [*(checkpoint.get("continued") or []), *self.continued_here]
 
     def on_train_start(self) -> None:
         """Makes up for what the last step before had still to do when its checkpoint was written: log, and validate if that was due.
@@ -278,7 +294,13 @@ class LanguageModel(L.LightningModule):
         Only where the run goes on in its own folder; another one begins with what is new.
         """
         (step, metrics), self._unwritten = self._unwritten, (-1, {})
-        self.ended = None
+        self.ended, self.began = None, True
+        if self.trainer.ckpt_path is not None:
+            # Steps are counted in several places of a checkpoint; where they disagree, training might never end.
+            begun = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.ready
+            if not step + 1 == self.trainer.global_step == begun:
+                told = f"{step + 1} steps, {begun} begun and {self.trainer.global_step} ended"
+                raise RunError(f"checkpoint {self.trainer.ckpt_path} cannot be gone on from: it counts {told}")
         trainer, logs = self.trainer, [logger for logger in self.trainer.loggers if isinstance(logger, CSVLog)]
         folders = [Path(str(getattr(callback, "dirpath", ""))).resolve() for callback in trainer.checkpoint_callbacks]
         if step < 0 or Path(str(trainer.ckpt_path)).resolve().parent not in folders:
@@ -287,13 +309,13 @@ class LanguageModel(L.LightningModule):
             if not logger.has(step, "train/loss"):
                 logger.log_metrics(metrics | {"epoch": self._epoch}, step=step)
         every = trainer.val_check_interval
-        due = isinstance(every, int) and (step + 1) * trainer.accumulate_grad_batches % every == 0
+        micro = trainer.accumulate_grad_batches
+        due = isinstance(every, int) and is_due((step + 1) * micro, every, micro)
         due = due or step + 1 == trainer.max_steps
-        missing = trainer.strategy.broadcast(bool(logs) and not any(logger.has(step, "val/loss") for logger in logs))
-        # A callback that keeps the best checkpoint, or stops early, has forgotten what it was told after this one was written.
-        callbacks: list[Any] = getattr(trainer, "callbacks", [])
-        chosen = any(str(getattr(callback, "monitor", None)).startswith("val/") for callback in callbacks)
-        if due and (missing or chosen) and trainer.enable_validation:
+        # What callbacks that keep the best checkpoint or stop early were told after this one was written, they have forgotten.
+        missing = bool(logs) and not any(logger.has(step, "val/loss") for logger in logs)
+        missing = trainer.strategy.broadcast(missing or self.validated_step != step + 1)
+        if due and missing and trainer.enable_validation:
             # Lightning takes a checkpoint before the validation of its step, and does not come back to it.
             trainer.validating = True
             validation = trainer.fit_loop.epoch_loop.val_loop

@@ -90,10 +90,19 @@ class Recorded:
             "environment": environment(),
         }
         self.clock = time.perf_counter()
+        # A start that is refused leaves the record of a finished run as it is.
+        self.begun = Run(folder).status != FINISHED
 
     def __enter__(self) -> Recorded:
-        self._write()
+        if self.begun:
+            self._write()
         return self
+
+    def begin(self) -> None:
+        """Nothing speaks against the run any more: from now on the record is its own."""
+        if not self.begun:
+            self.begun = True
+            self._write()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         status, code = FINISHED, 0
@@ -109,6 +118,8 @@ class Recorded:
             "ended": _now(),
             "seconds": round(time.perf_counter() - self.clock, 3),
         }
+        if not self.begun:
+            return
         try:
             self._write()
         except OSError as write_error:  # what the run has to say for itself is worth more than its record

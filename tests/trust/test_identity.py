@@ -16,6 +16,7 @@ from src.checkpoints.files import find_checkpoint
 from src.config import ConfigError, experiment_hash, to_plain
 from src.evaluate import evaluate
 from src.modules.language_model import LanguageModel
+from src.run import build_trainer
 from src.train import train as train_command
 from tests.runs import TINY, compose_run, curve, evaluation, final, main, results, same, tiny_run
 
@@ -266,6 +267,105 @@ def test_a_finished_run_given_more_steps_is_the_longer_run(tmp_path, monkeypatch
     )
     steps = [int(step) for step in curve(run, "step")]
     assert sorted(set(steps)) == list(range(9))
+
+
+# ---- found by a sceptic: validation of another step or setting, half steps, other limits ------------------------------
+
+
+def kill_at_the_final_checkpoint(monkeypatch: pytest.MonkeyPatch, run: Path, *options: str) -> None:
+    save = L.Trainer.save_checkpoint
+
+    def dies(self: L.Trainer, path: Path, *more: object) -> None:
+        if Path(path).name == "final.ckpt":
+            raise ZeroDivisionError
+        save(self, path, *more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(L.Trainer, "save_checkpoint", dies)
+        with pytest.raises(ZeroDivisionError):
+            tiny_run(run, *options)
+
+
+@pytest.mark.parametrize("logger", [[], ["~logger"]])
+def test_the_last_validation_is_of_the_last_step_after_a_kill_too(tmp_path, monkeypatch, logger):
+    options = [
+        "trainer.max_steps=6",
+        "trainer.val_check_interval=2",
+        "callbacks.checkpoint.every_n_train_steps=2",
+        *logger,
+    ]
+    expected = tiny_run(tmp_path / "straight", *options)
+    kill_at_the_final_checkpoint(monkeypatch, tmp_path / "killed", *options)
+    assert tiny_run(tmp_path / "killed", *options, "ckpt_path=auto") == expected
+
+
+def test_training_ends_after_whole_steps(tmp_path, monkeypatch):
+    """Time that is over within a step of several batches: the rest of the step is done, and what follows is the straight run."""
+    options = ["trainer.max_steps=6", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3", *EVERY]
+    expected = tiny_run(tmp_path / "straight", *options)
+    run = tmp_path / "run"
+
+    class Ends(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            trainer.should_stop = trainer.fit_loop.epoch_loop.total_batch_idx == 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr("src.run.build_trainer", lambda plain, build=build_trainer: with_callback(build(plain), Ends()))
+        tiny_run(run, *options, "+trainer.max_time=00:01:00:00")
+    assert results(run)["steps"] == 3
+    found = tiny_run(run, *options, "+trainer.max_time=00:02:00:00", "ckpt_path=auto")
+    assert found == expected
+    assert curve(run, "train/loss") == curve(tmp_path / "straight", "train/loss")
+
+
+def with_callback(trainer: L.Trainer, callback: L.Callback) -> L.Trainer:
+    trainer.callbacks.append(callback)  # type: ignore[attr-defined]
+    return trainer
+
+
+def test_epochs_that_end_are_validated_and_cannot_be_added_to(tmp_path):
+    options = ["trainer.max_steps=30", "trainer.val_check_interval=4", "+trainer.limit_train_batches=6"]
+    tiny_run(tmp_path, *options, "+trainer.max_epochs=1")
+    assert results(tmp_path)["steps"] == 6
+    main(evaluate, "evaluate", f"ckpt_path={tmp_path}", "split=val", f"hydra.run.dir={tmp_path}")
+    assert evaluation(tmp_path)["metrics"]["val/loss"] == results(tmp_path)["metrics"]["val/loss"]
+    with pytest.raises(ConfigError, match="trainer.max_epochs: 1 there, 2 here"):
+        tiny_run(tmp_path, *options, "+trainer.max_epochs=2", "ckpt_path=auto")
+    with pytest.raises(ConfigError, match="a multiple of trainer.accumulate_grad_batches=4"):
+        tiny_run(tmp_path / "other", *options, "trainer.accumulate_grad_batches=4")
+
+
+def test_other_evaluation_settings_are_those_of_both_scores(tmp_path):
+    wider = ["data.val_windows=20", "data.test_windows=20"]
+    expected = tiny_run(tmp_path / "straight", *wider)
+    tiny_run(tmp_path / "run")
+    assert tiny_run(tmp_path / "run", *wider, "ckpt_path=auto") == expected
+    longer = tiny_run(tmp_path / "run", *wider, "trainer.max_steps=6", "+trainer.limit_val_batches=0", "ckpt_path=auto")
+    assert not any(name.startswith("val/") for name in longer)  # none is of these weights
+    assert results(tmp_path / "run")["continued"] == [{"step": 4, "planned": 4}]
+
+
+def test_a_guard_that_has_left_out_updates_is_not_relabelled(tmp_path):
+    guard = ["callbacks.guard.spike=skip", "callbacks.guard.spike_deviations=0.01", "callbacks.guard.window=32"]
+    options = ["trainer.max_steps=50", "optimizer.lr=0.3", "trainer.val_check_interval=50", "callbacks.guard.limit=50"]
+    tiny_run(tmp_path, *options, *guard)
+    with pytest.raises(ConfigError, match="callbacks.guard"):
+        tiny_run(tmp_path, *options, "ckpt_path=auto")
+
+
+def test_a_start_that_is_refused_leaves_a_finished_run_finished(tmp_path):
+    tiny_run(tmp_path)
+    before = (tmp_path / "run.json").read_bytes()
+    for override in ("seed=7", "trainer.max_steps=3"):
+        with pytest.raises(ConfigError):
+            tiny_run(tmp_path, override, "ckpt_path=auto")
+        assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_testing_alone_says_what_the_weights_were_trained_with(tmp_path):
+    tiny_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="optimizer.lr"):
+        tiny_run(tmp_path / "test", "train=false", f"ckpt_path={tmp_path / 'run'}", "optimizer.lr=0.5")
 
 
 # ---- L1: evaluations are files of their own -------------------------------------------------------------------------

@@ -206,6 +206,11 @@ def test_files_that_a_checkpoint_wants_removed_stay(tmp_path):
 
     assert removes(own / "step00000001.ckpt")
     for path in (
+        own / "..",
+        own / ".",
+        own,
+        own / "..ckpt",
+        own / "notes.txt",
         tmp_path / "mine.txt",
         own / ".." / ".." / "mine.txt",
         own / "sub" / "x",

@@ -1,0 +1,129 @@
+"""Does a checkpoint that opens as plain data hold what the rest of the program, and Lightning, take for granted?
+
+It may come from anybody. What is wrong with it is said here, before a small file can ask for much memory or time, or ends somewhere in a
+traceback that does not name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from src.checkpoints.integrity import CHECKPOINT_FORMAT
+
+MOST_PARTS = 1_000_000  # containers, names and values; an 8B model's optimizer has some ten thousand
+DEEPEST = 40
+
+# What there is, and of which kind; None for a kind that is looked at below.
+_NEEDED = {"config": dict, "state_dict": dict, "global_step": int}
+_OPTIONAL = {"data": dict, "pending_metrics": dict, "validated": dict, "ended": dict, "seconds": float, "epoch": int}
+_OPTIONAL |= {"callbacks": dict, "loops": dict, "optimizer_states": list, "lr_schedulers": list, "continued": list}
+_WITHOUT_TENSORS = ("config", "data", "validated", "pending_metrics", "ended")
+
+
+def check_contents(checkpoint: Any) -> None:
+    """Checks what ``torch.load(weights_only=True)`` has opened.
+
+    Raises:
+        ValueError: it is no checkpoint of this project, or parts of it are of another kind than they should be.
+    """
+    if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
+        raise ValueError("not a checkpoint of this project: it has no 'config' and 'state_dict'")
+    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"it has checkpoint format {str(checkpoint.get('format'))[:50]!r}; this version reads {CHECKPOINT_FORMAT}"
+        )
+    for name, part in _parts(checkpoint):
+        if isinstance(part, Tensor) and not _is_filled(part):
+            raise ValueError(f"{name!r} is no plain tensor whose numbers lie in the file")
+    for key, kind in (_NEEDED | _OPTIONAL).items():
+        value = checkpoint.get(key)
+        right = (
+            isinstance(value, kind) or (value is None and key in _OPTIONAL) or (kind is float and type(value) is int)
+        )
+        if not right or isinstance(value, bool):
+            raise ValueError(f"its {key!r} is a {type(value).__name__}")
+    if checkpoint["global_step"] < 0:
+        raise ValueError(f"its 'global_step' is {checkpoint['global_step']}")
+    _check_kept(checkpoint)
+    _check_optimizers(checkpoint)
+    _check_measured(checkpoint)
+
+
+def _check_kept(checkpoint: dict[str, Any]) -> None:
+    """The configuration has its sections, weights are tensors, and nothing else is one that should be none."""
+    for section in ("model", "trainer", "data"):
+        if not isinstance(checkpoint["config"].get(section), dict):
+            raise ValueError(f"its configuration has no section {section!r}")
+    for name, weight in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(weight, Tensor):
+            raise ValueError(f"{str(name)[:100]!r} among its weights is no tensor")
+    for key in _WITHOUT_TENSORS:
+        if any(isinstance(part, Tensor) for _, part in _parts(checkpoint.get(key))):
+            raise ValueError(f"its {key!r} holds a tensor")
+
+
+def _parts(node: Any) -> Iterator[tuple[str, Any]]:
+    """Everything in nested containers, with the name of the last key on the way to it.
+
+    Raises:
+        ValueError: there is too much: a container in itself, or the same one again and again, is more than it takes in the file.
+    """
+    waiting, seen = [("", node, 0)], 0
+    while waiting:
+        name, part, depth = waiting.pop()
+        yield name, part
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        if isinstance(part, dict):
+            waiting += [(str(key)[:100], value, depth + 1) for key, value in part.items()]
+            seen += len(part)
+        elif isinstance(part, list | tuple | set | frozenset):
+            waiting += [(name, value, depth + 1) for value in part]
+            seen += len(part)
+        if seen > MOST_PARTS:
+            raise ValueError(f"it has more than {MOST_PARTS:,} parts")
+
+
+def _is_filled(tensor: Tensor) -> bool:
+    """Whether every number of a tensor lies in the file: strides can make a few bytes look like a thousand gigabytes."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _check_optimizers(checkpoint: dict[str, Any]) -> None:
+    """Schedules have numbers, and no function of theirs under its name; groups of parameters have rates that are numbers."""
+    for state in checkpoint.get("lr_schedulers") or []:
+        if not isinstance(state, dict) or any(callable(getattr(LambdaLR, str(key), None)) for key in state):
+            raise ValueError("the state of a schedule is none")
+    for state in checkpoint.get("optimizer_states") or []:
+        groups = state.get("param_groups") if isinstance(state, dict) else None
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise ValueError("the state of an optimizer has no 'param_groups'")
+        for group in groups:
+            for key in ("lr", "weight_decay", "eps"):
+                if key in group and type(group[key]) not in (int, float):
+                    raise ValueError(f"an optimizer's {key!r} is a {type(group[key]).__name__}")
+
+
+def _check_measured(checkpoint: dict[str, Any]) -> None:
+    """Metrics that travel with a checkpoint are numbers by name."""
+    validated = checkpoint.get("validated") or {"metrics": {}, "counts": {}}
+    metrics, counts = validated.get("metrics"), validated.get("counts")
+    if type(validated.get("step")) not in (int, type(None)):
+        raise ValueError("its 'validated' is of a 'step' that is no number")
+    if not isinstance(metrics, dict) or not isinstance(counts, dict):
+        raise ValueError("its 'validated' has no 'metrics' and 'counts'")
+    for numbers in (metrics, checkpoint.get("pending_metrics") or {}):
+        for name, value in numbers.items():
+            if not isinstance(name, str) or not name.isprintable() or type(value) not in (int, float):
+                raise ValueError(f"{str(name)[:100]!r} among its metrics is no number by name")
+    for name, pair in counts.items():
+        right = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)
+        if not isinstance(name, str) or not right:
+            raise ValueError(f"{str(name)[:100]!r} among its counts is no pair of numbers")
