@@ -52,7 +52,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if not plain.get("data"):
         check_same_data(checkpoint, datamodule.fingerprint(), path)
     else:
-        check_same_vocabulary(trained["data"], datamodule, path)
+        check_same_vocabulary(checkpoint, datamodule, path)
     net = model_from_checkpoint(checkpoint, path)
     if net.vocab_size < datamodule.vocab_size:
         raise ConfigError(f"data: has ids up to {datamodule.vocab_size - 1}, the model knows {net.vocab_size}")
@@ -93,15 +93,26 @@ def of_checkpoint(section: Any, where: str, path: Path) -> Any:
         raise CheckpointError(f"checkpoint {path}: {printable(error)}") from error
 
 
-def check_same_vocabulary(trained: dict[str, Any], asked: StreamDataModule, path: Path) -> None:
-    """Raises a ConfigError when the token ids of two synthetic tasks have different meanings.
+def check_same_vocabulary(checkpoint: dict[str, Any], asked: StreamDataModule, path: Path) -> None:
+    """Raises a ConfigError when token ids have another meaning in the data that are asked for than in those of the model.
 
     Args:
-        trained: the checkpoint's ``data`` section. Only its task is built: a corpus may not be on this machine.
+        checkpoint: its own. Only its task is built: a corpus may not be on this machine.
         asked: what is to be scored.
         path: of the checkpoint.
     """
-    if "task" not in trained or not isinstance(asked, TaskDataModule):
+    trained = checkpoint["config"]["data"]
+    if ("task" in trained) is not isinstance(asked, TaskDataModule):
+        raise ConfigError(
+            "data: a model of text cannot be scored on a synthetic task, nor the other way round: its token ids mean other things"
+        )
+    if not isinstance(asked, TaskDataModule):
+        words, here = (checkpoint.get("data") or {}).get("tokenizer"), asked.fingerprint().get("tokenizer")
+        if words is not None and words != here:
+            raise ConfigError(
+                "data: the text is cut into other tokens than those that the model knows; give the tokenizer.json of its own corpus "
+                "(in the folder of the tokenised corpus, data/<corpus>) as data.tokenizer="
+            )
         return
     own: Task = of_checkpoint(trained["task"], "data.task", path)
     before, now = ({"task": task.name} | task.vocabulary() for task in (own, asked.task))
@@ -128,6 +139,9 @@ def evaluation_trainer(plain: dict[str, Any], trained: dict[str, Any], path: Pat
         "devices": 1,
         "use_distributed_sampler": False,
     }
+    for key in ("limit_val_batches", "limit_test_batches"):  # scored on a part, as the run was
+        if isinstance(limit := trained["trainer"].get(key), int | float):
+            settings[key] = limit
     try:
         return build_trainer({"trainer": settings, "callbacks": lines}, **quiet)
     except ConfigError as error:

@@ -6,6 +6,7 @@ has happened, the same command finishes only what is missing. At its end stand t
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ def command_of(plain: dict[str, Any], name: str, scale: str) -> tuple[str, str]:
     words = ["python", "src/sweep.py", f"sweep={name}", *([f"scale={scale}"] if scale else [])]
     changes = {key: plain[key] for key in ("axes", "overrides") if plain[key]}
     words += [f"{key}={as_override(value)}" for key, value in changes.items()]
+    # So is one whose own description is changed on the command line.
+    described = [override for override in HydraConfig.get().overrides.task if re.match(r"[+~]*sweep\.", override)]
+    words += described
+    if described:
+        changes["sweep"] = described
     return " ".join(map(quoted, words)), config_hash(changes)[:6] if changes else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -171,4 +172,11 @@ class TextDataModule(StreamDataModule):
     def fingerprint(self) -> dict[str, Any]:
         """The corpus's own, which covers every document and the tokeniser, and how it is cut."""
         splits = {split: dict(self.corpus.meta["splits"][split]) for split in SPLITS}
-        return {"corpus": self.corpus.name, "fingerprint": self.corpus.fingerprint, "seed": self.seed, "splits": splits}
+        words = hashlib.blake2b(self.corpus.tokenizer.definition.encode(), digest_size=8).hexdigest()
+        found = {
+            "corpus": self.corpus.name,
+            "fingerprint": self.corpus.fingerprint,
+            "seed": self.seed,
+            "splits": splits,
+        }
+        return found | {"tokenizer": words}

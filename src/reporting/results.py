@@ -49,6 +49,7 @@ ROUNDING = 1e-9
 OTHER, SCORELESS = "of another configuration", "without a score"
 # Its learning rate is one of several, and there is nothing to choose it by.
 UNVALIDATED = "without a validation"
+OTHER_DATA = "of other data"
 
 Told = Callable[[int], object]  # how many runs have been read since the last call
 
@@ -114,6 +115,7 @@ class SweepResults:
         self.plan: dict[str, Any] = read_manifest(path)
         self.statements = [Statement(**item) for item in self.plan["expect"]]
         self.runs: dict[str, Run] = {}  # by folder, as they have been read
+        self.origins: dict[str, tuple[str, str]] = {}  # by folder: when the run ended, and on which data
 
     @property
     def name(self) -> str:
@@ -135,6 +137,7 @@ class SweepResults:
             for job in self.plan["jobs"]:
                 rows.append(self._row(job))
                 told(1)
+            self._leave_out_other_data(rows)
             for cell in _by_cell(rows):
                 self._leave_out_what_was_not_validated(cell)
             self.__dict__["rows"] = rows
@@ -169,6 +172,7 @@ class SweepResults:
             status, reason = UNREADABLE, "; ".join(run.problems)
         others = {key: value for key, value in job["settings"].items() if not is_repetition(key)}
         costs = {key: run.results.get(key) if done else None for key in COSTS}
+        self.origins[folder] = (str(run.record.get("ended") or ""), _data_of(run))
         run.slim()
         return {
             "job": job["name"],
@@ -184,6 +188,21 @@ class SweepResults:
             "folder": folder,
             "command": job["command"],
         } | costs
+
+    def _leave_out_other_data(self, rows: list[dict[str, Any]]) -> None:
+        """Runs of one task and setting are compared on the same data: where files were replaced, those of the latest run count."""
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["value"] is not None:
+                groups.setdefault((row["task"], row["others"]), []).append(row)
+        for members in groups.values():
+            _, newest = max((self.origins[row["folder"]] for row in members), key=lambda origin: origin[0])
+            for row in members:
+                if self.origins[row["folder"]][1] != newest:
+                    row["status"], row["value"] = OTHER_DATA, None
+                    row["reason"] = (
+                        "its data were others than those of the latest run; the sweep's command runs it again"
+                    )
 
     def _leave_out_what_was_not_validated(self, cell: list[dict[str, Any]]) -> None:
         """To choose among several learning rates, a run without a validation could only be judged by the test set."""
@@ -304,6 +323,14 @@ class SweepResults:
         if not outcomes:
             return "nothing was said"
         return CONTRADICTED if CONTRADICTED in outcomes else CONFIRMED if outcomes == {CONFIRMED} else INCONCLUSIVE
+
+
+def _data_of(run: Run) -> str:
+    """What identifies the data of a run but their seed; runs that have not written it down are alike."""
+    data = run.results.get("data")
+    if not isinstance(data, dict):
+        return ""
+    return json.dumps({key: value for key, value in data.items() if key != "seed"}, sort_keys=True, default=str)
 
 
 def compare(better: list[Cell], than: list[Cell]) -> Difference | None:

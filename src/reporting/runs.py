@@ -216,6 +216,8 @@ def runs_table(runs: Iterable[Run]) -> pd.DataFrame:
 def run_line(run: Run) -> dict[str, Any]:
     """A row of ``runs_table``; where one of the run's files is not what was written, its status says so."""
     settings, results, record = run.settings, run.results, run.record
+    if results.get("config_hash") != record.get("config_hash"):
+        results = {}  # those of a shorter run, which this one is continuing
     model, data = settings.get("model") or {}, results.get("data") or {}
     what = data.get("task") or data.get("corpus")
     return (
@@ -235,7 +237,7 @@ def run_line(run: Run) -> dict[str, Any]:
             "learning_rate": (settings.get("optimizer") or {}).get("lr"),
         }
         | {key: results.get(key) for key in COSTS}
-        | run.metrics
+        | (results.get("metrics") or {})
     )
 
 

@@ -196,6 +196,14 @@ class Sweep:
         for key, values in self.axes.items():
             if values != RECIPE and (not isinstance(values, list) or not values):
                 raise ConfigError(f"sweep.axes.{key}={values!r}: a list of values, or {RECIPE}")
+        for key, metric in {
+            "metric": self.metric,
+            **{f"metrics.{task}": m for task, m in self.metrics.items()},
+        }.items():
+            if not metric.startswith("test/"):
+                raise ConfigError(f"sweep.{key}={metric}: what is compared is measured on the test set, test/...")
+        if self.select is not None and not self.select.startswith("val/"):
+            raise ConfigError(f"sweep.select={self.select}: a learning rate is chosen on the validation set, val/...")
         for task in self.metrics:
             if task not in self.tasks:
                 raise ConfigError(f"sweep.metrics: no task {task!r}; {suggest(task, self.tasks)}")

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from src.evaluation.evaluators import lower_is_better
+from src.reporting.registry import write_json
 from src.reporting.results import SweepResults, compare, find_sweeps, judge, write_manifest
 from src.reporting.statistics import difference
 from src.sweeps.plan import Job, Statement, Sweep
+from tests.reporting.fake_sweeps import make_sweep
 
 
 def sweep(**changes) -> Sweep:
@@ -267,3 +269,18 @@ def test_a_rate_chosen_from_fewer_seeds_is_told(tmp_path):
 def test_one_seed_has_no_interval_and_says_so():
     outcome, numbers = judge(difference({1: 0.9}, {1: 0.4}), 0.1)
     assert (outcome, numbers) == ("inconclusive", "+0.500, one seed, so no interval, 1 pair; fewer than 3 seeds")
+
+
+def test_runs_on_files_that_were_replaced_are_not_compared_with_those_on_the_new_ones(tmp_path):
+    """The data of the latest run count; others are listed with the reason."""
+    sweep = make_sweep(tmp_path, tasks=("Text",), rates=(2e-3,), unfinished=0, failed=0)
+    folders = [sweep.path.parent / job["folder"] for job in sweep.plan["jobs"]]
+    for number, folder in enumerate(folders):
+        results = json.loads((folder / "results.json").read_text())
+        record = json.loads((folder / "run.json").read_text())
+        version = "new" if number >= len(folders) // 2 else "old"
+        write_json(folder / "results.json", results | {"data": {"corpus": "x", "fingerprint": version, "seed": number}})
+        write_json(folder / "run.json", record | {"ended": f"2026-01-0{1 + (version == 'new')}T00:00:00"})
+    rows = SweepResults(sweep.path).rows
+    assert {row["status"] for row in rows} == {"finished", "of other data"}
+    assert sum(row["value"] is None for row in rows) == len(folders) // 2

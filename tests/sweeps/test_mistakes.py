@@ -120,3 +120,12 @@ def test_a_dry_run_says_on_what_its_times_rest(tmp_path, capsys):
     main(sweep, "sweep", *arguments, "axes={seed: [1], optimizer.lr: [1e-3]}")
     told = " ".join(capsys.readouterr().out.split())
     assert "Times assume 30 GFLOP/s on the CPU, which may be off by a factor of three." in told
+
+
+@pytest.mark.parametrize(("key", "metric"), [("select", "test/accuracy"), ("metric", "val/accuracy")])
+def test_what_is_chosen_by_and_what_is_compared_are_of_their_own_sets(key, metric):
+    from src.sweeps.plan import Sweep
+
+    described = {"title": "x", "tasks": {"a": []}, "variants": {"b": []}, key: metric}
+    with pytest.raises(ConfigError, match=f"sweep.{key}={metric}"):
+        Sweep(**described).checked()

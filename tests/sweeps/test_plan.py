@@ -197,7 +197,7 @@ def test_what_is_matched_is_what_the_overrides_leave():
         ({"variants": {"a": ["canon.positions=AX"]}}, "Depo, a, .*no such point X"),
         ({"variants": {"a": [], "b": []}}, "two jobs of this sweep are the same run"),
         ({"metric": "test/accuracy/hop9"}, "sweep.metric=test/accuracy/hop9: not measured on Depo; .*accuracy/hop2"),
-        ({"select": "train/loss"}, "sweep.metric=train/loss"),
+        ({"select": "train/loss"}, "sweep.select=train/loss"),
         ({"overrides": ["trainer.max_step=3"]}, "no key 'max_step' in trainer; did you mean 'max_steps'"),
         ({"axes": {"optimizer.lrr": [1]}}, "optimizer.lrr"),
         ({"axes": {"model": ["llamma"]}}, "did you mean 'llama'"),

@@ -307,7 +307,7 @@ def test_training_ends_after_whole_steps(tmp_path, monkeypatch):
 
     class Ends(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-            trainer.should_stop = trainer.fit_loop.epoch_loop.total_batch_idx == 4
+            trainer.should_stop = trainer.should_stop or trainer.fit_loop.epoch_loop.total_batch_idx == 4
 
     with monkeypatch.context() as patch:
         patch.setattr("src.run.build_trainer", lambda plain, build=build_trainer: with_callback(build(plain), Ends()))

@@ -4,6 +4,7 @@ import io
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_a_few_bytes_of_a_description_take_no_time_and_no_memory(shards):
 def test_a_description_asks_for_no_more_room_than_there_is(shards, change):
     metadata = read_metadata(shards)
     name = next(n for n, e in metadata.state_dict_metadata.items() if not isinstance(e, BytesStorageMetadata))
-    entry = metadata.state_dict_metadata[name]
+    entry: Any = metadata.state_dict_metadata[name]
     if change == "far away in a list":
         new = "state_dict.1000000000"
         metadata.state_dict_metadata = {new: metadata.state_dict_metadata.pop(name)}
