@@ -93,6 +93,19 @@ class TestCompression:
         with pytest.raises(CorpusError, match=rf"{name}{suffix} becomes more than \d+ bytes|longer than 1048576"):
             texts(TextFiles(path))
 
+    @pytest.mark.parametrize("suffix", COMPRESS)
+    def test_a_document_that_is_a_compressed_file_is_shorter(self, tmp_path, monkeypatch, suffix):
+        """One character beyond the common ones makes four bytes of every other one."""
+        assert formats.MAX_COMPRESSED_DOCUMENT_BYTES == 2**28
+        monkeypatch.setattr(formats, "MAX_COMPRESSED_DOCUMENT_BYTES", 2**16)
+        text = "\U0001f600" + "a " * 2**15
+        path = write(tmp_path / f"a.txt{suffix}", COMPRESS[suffix](text.encode()))
+        with pytest.raises(
+            CorpusError, match=r"a\.txt\.\w+: longer than 65536 bytes; .*cut it.*; decompressed, it may"
+        ):
+            texts(TextFiles(path))
+        assert texts(TextFiles(write(tmp_path / "a.txt", text))) == {"a.txt": text}
+
     def test_an_xz_header_that_asks_for_gigabytes(self, tmp_path):
         filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 2**20}]
         data = bytearray(lzma.compress(b"text", filters=filters))
@@ -196,6 +209,25 @@ class TestParquet:
             found = texts(TextFiles(tmp_path, skip_bad=True))
         assert list(found.items())[:3] == [("a.parquet:1", "good"), ("a.parquet:4", "fine"), ("a.parquet:6", "more")]
         assert len(found) == 2002
+
+    @pytest.mark.parametrize(
+        "kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+    )
+    def test_a_long_text_that_many_rows_repeat(self, tmp_path, monkeypatch, kind):
+        """Stored once, it is not in memory as often as there are rows."""
+        monkeypatch.setattr(formats, "_BATCH_BYTES", 2**21)
+        text = "a" * 2**20
+        column = (
+            pa.array([text, "b"] * 64).cast(pa.binary()) if kind == pa.binary() else pa.array([text, "b"] * 64, kind)
+        )
+        table = pa.table({"n": list(range(128)), "text": column})
+        pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=True)
+        del column, table
+        before, peak = pa.total_allocated_bytes(), 0
+        for row in TextFiles(tmp_path).documents():
+            assert row.text in (text, "b")
+            peak = max(peak, pa.total_allocated_bytes() - before)
+        assert peak < 10 * 2**20
 
     def test_empty_tables_are_no_obstacle(self, tmp_path):
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
