@@ -340,6 +340,48 @@ class TestSpecialFiles:
             TextFiles(path)
 
 
+class TestLinksThatLeadOut:
+    def test_are_followed_and_told_once(self, tmp_path):
+        write(tmp_path / "home/id_rsa", "secret")
+        write(tmp_path / "home/more/b.txt", "more")
+        write(tmp_path / "in/own.txt", "text")
+        (tmp_path / "in/a.txt").symlink_to(tmp_path / "home/id_rsa")
+        (tmp_path / "in/folder").symlink_to("../home/more")
+        (tmp_path / "in/inner.md").symlink_to("own.txt")
+        source = TextFiles(tmp_path / "in")
+        with pytest.warns(UserWarning, match=r"^2 links lead out of the folder, such as a\.txt") as record:
+            found = texts(source)
+        assert found == {"a.txt": "secret", "folder/b.txt": "more", "own.txt": "text"}
+        assert len(record) == 1
+        (tmp_path / "in/folder").unlink()
+        with pytest.warns(UserWarning, match=r"^1 link leads out of the folder, such as a\.txt"):
+            texts(TextFiles(tmp_path / "in"))
+
+    def test_a_folder_that_is_a_link_itself_is_no_way_out(self, tmp_path):
+        write(tmp_path / "real/b.txt", "text")
+        (tmp_path / "real/c.md").symlink_to("b.txt")
+        (tmp_path / "in").symlink_to("real")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert texts(TextFiles(tmp_path / "in")) == {"b.txt": "text"}
+
+    def test_the_system_is_left_out(self, tmp_path):
+        """Neither the environment of this process, nor folders without an end."""
+        write(tmp_path / "in/own.txt", "text")
+        (tmp_path / "in/environment.txt").symlink_to("/proc/self/environ")
+        (tmp_path / "in/again.txt").symlink_to("environment.txt")
+        (tmp_path / "in/kernel").symlink_to("/sys/kernel")
+        (tmp_path / "in/processes").symlink_to("/proc")
+        (tmp_path / "in/devices.txt").symlink_to("/dev")
+        source = TextFiles(tmp_path / "in")
+        with pytest.warns(
+            UserWarning, match=r"left out 5 .*, such as \S+: .* links into /proc, /sys or /dev"
+        ) as record:
+            assert texts(source) == {"own.txt": "text"}
+        assert len(record) == 1
+        assert source.summary() == "reading 1 .txt; left out 5 special file(s)"
+
+
 class TestWhatIsLeftOut:
     def test_is_said_by_extension(self, tmp_path):
         for name in ("a.md", "b.md", "c.txt", "d.png", "e.png", "f.tar.gz", "g.zip", "h", ".hidden", "i.txt.bz2"):
