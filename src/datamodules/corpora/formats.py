@@ -296,8 +296,10 @@ def _rows_at_once(file: BinaryIO, metadata: Any, group: int, column: str) -> int
     ) as probe:
         batch = next(probe.iter_batches(batch_size=1, row_groups=[group], columns=[column]), None)
     dictionary = getattr(batch.column(0), "dictionary", None) if batch is not None else None
-    longest = pc.max(pc.binary_length(dictionary)).as_py() if dictionary is not None and len(dictionary) else 0
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, longest or 0)))
+    if dictionary is None or len(dictionary) == 0:
+        return _BATCH_ROWS
+    longest = pc.call_function("max", [pc.call_function("binary_length", [dictionary])]).as_py() or 0
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, longest)))
 
 
 def _check_column(schema: Any, column: str, place: str) -> None:
