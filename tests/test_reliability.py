@@ -20,6 +20,7 @@ import torch
 
 import src.checkpoints.io
 import src.files
+from src.build import build_model
 from src.callbacks.guard import BadStep, Guard, replay
 from src.callbacks.preemption import REQUEUE, Preempted, Preemption
 from src.checkpoints import load_model
@@ -429,6 +430,57 @@ def test_a_guard_gives_up(tmp_path, monkeypatch):
     for options in ({"window": 3}, {"margin": -1}, {"spike_deviations": 0}):
         with pytest.raises(ValueError, match="callbacks.guard"):
             Guard("here", **options)  # type: ignore[arg-type]
+
+
+def kept_batch(**changes) -> dict[str, Any]:
+    """What a guard keeps, of one micro-batch, with changes."""
+    tokens = torch.arange(10).view(2, 5)
+    return {"batches": [{"tokens": tokens, "loss_mask": tokens > 2} | changes]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            3,
+            [],
+            {},
+            {1: 2, "a": 3},
+            {"batches": 3},
+            {"batches": {}},
+            {"batches": [3]},
+            {"batches": [{}]},
+            b"junk",
+            b"",
+        ),
+        *(kept_batch(tokens=value) for value in (3, torch.arange(5), torch.zeros(2, 5), torch.zeros(2, 4).long())),
+        *(kept_batch(tokens=torch.full((2, 5), value)) for value in (-1, 20, 2**62)),
+        *(kept_batch(loss_mask=value) for value in (None, torch.ones(2, 5), torch.ones(2, 6, dtype=torch.bool))),
+        *(kept_batch(segments=value) for value in (3, torch.zeros(2, 5), torch.zeros(1, 5, dtype=torch.int64))),
+        kept_batch(tokens=torch.zeros(0, 5).long(), loss_mask=torch.zeros(0, 5) > 0),
+        kept_batch(tokens=torch.zeros(2, 0).long(), loss_mask=torch.zeros(2, 0) > 0),
+        kept_batch(tokens=torch.zeros(1).long().expand(10**6, 10**6)),
+        {"batches": Path("a pickled object")},
+    ],
+)
+def test_what_is_no_kept_batch_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "step00000001.rank0.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ConfigError, match=r"step00000001\.rank0\.pt: no batch that a guard has kept"):
+        replay(path, build_model(["model=llama", "model.vocab_size=20", "model.dim=64"]))
+
+
+def test_a_kept_batch_that_is_not_there(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for name in ("pipe.pt", "nowhere.pt", "."):
+        with pytest.raises(ConfigError, match="no batch that a guard has kept"):
+            replay(tmp_path / name, None)
+    net = build_model(["model=llama", "model.vocab_size=20", "model.dim=64"])
+    torch.save(kept_batch(), tmp_path / "good.pt")
+    assert replay(tmp_path / "good.pt", net) > 0
 
 
 # ---- the disk -------------------------------------------------------------------------------------------------------

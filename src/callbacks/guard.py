@@ -225,14 +225,12 @@ def replay(path: str | Path, net: Any) -> float:
         net: the model, such as ``load_model`` of a checkpoint from before the step.
 
     Raises:
-        ConfigError: the file is no kept batch.
+        ConfigError: the file is no kept batch, or not one of this model's; it may come from a stranger.
     """
-    kept = torch.load(path, map_location="cpu", weights_only=True)
-    if "batches" not in kept:
-        raise ConfigError(f"{path}: no batch that a guard has kept; it holds {json.dumps(sorted(kept))}")
+    batches = _kept_batches(Path(path), net)
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in kept["batches"]:
+        for batch in batches:
             is_target = batch["loss_mask"][:, 1:]
             segments = batch.get("segments")
             logits = net(
@@ -242,3 +240,56 @@ def replay(path: str | Path, net: Any) -> float:
             total += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
             count += targets.numel()
     return total / max(count, 1)
+
+
+def _kept_batches(path: Path, net: Any) -> list[dict[str, Tensor]]:
+    """The micro-batches that a file holds; ConfigError unless each is what the model can read."""
+    if not path.is_file():  # opening a pipe would wait for its other end
+        raise ConfigError(f"{path}: no batch that a guard has kept; there is no such file")
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # bytes that are no such file can mean anything
+        why = (str(error).splitlines() or [""])[0][:200]
+        raise ConfigError(
+            f"{path}: no batch that a guard has kept; it cannot be opened as plain data: {why}"
+        ) from error
+    if not isinstance(kept, dict) or "batches" not in kept:
+        holds = json.dumps(sorted(map(str, kept))) if isinstance(kept, dict) else f"a {type(kept).__name__}"
+        raise ConfigError(f"{path}: no batch that a guard has kept; it holds {holds[:500]}")
+    batches = kept["batches"]
+    if not isinstance(batches, list):
+        raise ConfigError(f"{path}: no batch that a guard has kept; its 'batches' are a {type(batches).__name__}")
+    for number, batch in enumerate(batches):
+        fault = _fault_of(batch, net.vocab_size)
+        if fault is not None:
+            raise ConfigError(f"{path}: no batch that a guard has kept for this model: in batch {number}, {fault}")
+    return batches
+
+
+def _fault_of(batch: Any, vocab_size: int) -> str | None:
+    """Why a model of this vocabulary cannot read a batch, in words; None if it can."""
+    if not isinstance(batch, dict):
+        return f"there is a {type(batch).__name__}"
+    kinds = {"tokens": torch.int64, "loss_mask": torch.bool, "segments": torch.int64}
+    for name, kind in kinds.items():
+        value = batch.get(name)
+        if value is None and name == "segments":
+            continue
+        if not isinstance(value, Tensor) or value.dtype != kind or value.ndim != 2 or not _is_filled(value):
+            return f"{name!r} is no tensor [B, L] of {str(kind).removeprefix('torch.')}"
+        if value.shape != batch["tokens"].shape:  # those of the tokens themselves come first
+            return f"{name!r} has shape {list(value.shape)}, but 'tokens' {list(batch['tokens'].shape)}"
+    tokens = batch["tokens"]
+    if tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        return f"'tokens' has shape {list(tokens.shape)}: there is nothing to predict"
+    # On a GPU, an id out of range would end the process.
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        return f"ids are {int(tokens.min())}..{int(tokens.max())}, those of the model 0..{vocab_size - 1}"
+    return None
+
+
+def _is_filled(tensor: Tensor) -> bool:
+    """Whether each number lies in the file: strides can make a few bytes look like a thousand gigabytes."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -113,6 +113,9 @@ class Growing:
 # Named tuples that mixers may keep in their state, under the names that they have in a stored cache.
 TUPLES: dict[str, type] = {"ConvState": ConvState, "RecurrentState": RecurrentState}
 
+MOST_BLOCKS = 65_536
+"""Blocks in a stored cache: the file may be a stranger's, and each takes memory."""
+
 
 class Cache:
     """What a model remembers, one ``State`` per block: indexed and iterated over like a list of them.
@@ -217,14 +220,20 @@ class Cache:
             ValueError: when that is not what ``stored`` is.
         """
         try:
-            blocks: list[State] = [{} for _ in range(stored["num_blocks"])]
+            depth, num_tokens = stored["num_blocks"], stored["num_tokens"]
+            # Blocks that remember nothing have no names: what is stored does not tell how many there are.
+            if not _is_count(depth) or depth > MOST_BLOCKS:
+                raise TypeError(f"num_blocks is {depth!r:.50}, not a number up to {MOST_BLOCKS}")
+            if not (_is_count(num_tokens) or _are_counts(num_tokens)):
+                raise TypeError("num_tokens is neither a number from 0 nor one for each row")
+            blocks: list[State] = [{} for _ in range(depth)]
             for name, value in stored.items():
                 if name not in ("num_blocks", "num_tokens"):
                     block, *path = name.split(".")
-                    _insert(blocks[int(block)], path, value)
-            return cls([_rebuild(block) for block in blocks], stored["num_tokens"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"not a stored cache: {error!r}") from error
+                    _insert(blocks[_block_number(block)], path, value)
+            return cls([_rebuild(block) for block in blocks], num_tokens)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise ValueError(f"not a stored cache: {error!r:.500}") from error
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Cache:
         count = self.num_tokens
@@ -296,8 +305,29 @@ def _rebuild(node: Any) -> Any:
         name, _, kind = stored_name.partition(":")
         value = _rebuild(stored)
         if kind == "Growing":
-            value = Growing.of(value["tensor"], value["total"])
+            tensor, total = value["tensor"], value["total"]
+            if not isinstance(tensor, Tensor) or tensor.ndim < 2 or not _is_count(total) or total < tensor.shape[1]:
+                raise TypeError(f"{name} is no history [B, S, ...] of {total!r:.50} columns")
+            value = Growing.of(tensor, total)
         elif kind:
             value = TUPLES[kind](**value)
+            if not all(isinstance(field, Tensor) for field in value):
+                raise TypeError(f"{name} is no {kind}: its fields are tensors")
         found[name] = value
     return found
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_counts(value: Any) -> bool:
+    whole = isinstance(value, Tensor) and value.ndim == 1 and value.dtype in (torch.int64, torch.int32)
+    return whole and not bool((value < 0).any())
+
+
+def _block_number(name: str) -> int:
+    # int() also reads "-1", which would be the last block.
+    if not (name.isascii() and name.isdigit()):
+        raise TypeError(f"{name!r:.50} is no number of a block")
+    return int(name)

@@ -248,6 +248,28 @@ def test_what_mixers_may_keep_in_it():
             Cache.from_state_dict(nonsense)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"num_blocks": value} for value in (10**9, -1, True, 1.5, "1", None, torch.tensor(1))),
+        *(
+            {"num_tokens": value}
+            for value in (-1, None, "4", 1.5, torch.tensor([-1]), torch.zeros(2), torch.zeros(1, 1))
+        ),
+        *({name: 1} for name in ("-1.x", "x.y", "2.x", "0", "", "9" * 5000 + ".x", "0" + ".a" * 50_000)),
+        {3: 1},
+        {"0.x": torch.zeros(1), "0.x.y": torch.zeros(1)},
+        {"0.x:Growing.tensor": 3, "0.x:Growing.total": 3},
+        {"0.x:Growing.tensor": torch.zeros(1, 5), "0.x:Growing.total": -3},
+        {"0.x:Growing": 3},
+        {"0.x:ConvState.inputs": 1, "0.x:ConvState.segments": 2},
+    ],
+)
+def test_a_stored_cache_that_a_stranger_made_is_refused_before_it_takes_memory(changes):
+    with pytest.raises(ValueError, match="not a stored cache"):
+        Cache.from_state_dict({"num_blocks": 1, "num_tokens": 0} | changes)
+
+
 def test_what_shares_memory_counts_once():
     x = torch.zeros(1, 100)
     assert Cache([{"a": x[:, :50], "b": x[:, 50:]}]).nbytes == 400

@@ -37,6 +37,11 @@ _KINDS = (
 )
 
 
+# What lies here is no file of anybody: settings and secrets of this process, and of the machine. Shared memory is.
+_OF_THE_SYSTEM = ("/proc", "/sys", "/dev")
+_SHARED_MEMORY = "/dev/shm"
+
+
 class Entry(NamedTuple):
     """A name found in a folder; `linked` tells that it is a link or was reached through one, `status` its target's."""
 
@@ -50,8 +55,9 @@ class Entry(NamedTuple):
 class Listing:
     """What a source reads, and what it leaves out.
 
-    Attributes: `files`, (name, path) sorted by name; `other`, how many names of each extension are left out; `special`,
-    the names that are neither file nor folder; `twins`, further names of files already listed; `hidden`, hidden names.
+    Attributes: `files`, (name, path) sorted by name; `linked`, those of them that are links or were reached through
+    one; `other`, how many names of each extension are left out; `special`, the names that are neither file nor folder
+    or are links into /proc, /sys or /dev; `twins`, further names of files already listed; `hidden`, hidden names.
     """
 
     files: list[tuple[str, Path]]
@@ -59,6 +65,7 @@ class Listing:
     special: list[str] = field(default_factory=list)
     twins: int = 0
     hidden: int = 0
+    linked: list[tuple[str, Path]] = field(default_factory=list)
 
     def left_out(self) -> str:
         """Return what is left out, in words; an empty text if nothing is."""
@@ -82,7 +89,8 @@ def walk_files(root: Path, skipped_folders: Collection[str] = ()) -> tuple[list[
 
     Left out: hidden files, and folders that are hidden or called one of `skipped_folders`, with all that they hold.
     Links to folders are followed after all real folders, and each real folder is entered once: a link to a parent does
-    not loop, and a link beside its target does not take its target's place.
+    not loop, and a link beside its target does not take its target's place. Folders of the system that a link leads to
+    are not entered: their names stand for them.
     """
     entries: list[Entry] = []
     entered: set[tuple[int, int]] = set()
@@ -93,6 +101,9 @@ def walk_files(root: Path, skipped_folders: Collection[str] = ()) -> tuple[list[
             links.sort(reverse=True)
             folders.append(links.pop())
         folder, linked = folders.pop()
+        if linked and _is_of_the_system(folder):
+            entries.append(_entry(folder, root, linked))
+            continue
         with _listing(folder) as (status, items):
             if (status.st_dev, status.st_ino) in entered:
                 continue
@@ -124,6 +135,20 @@ def _entry(path: Path, root: Path, linked: bool) -> Entry:
     return Entry(path.relative_to(root).as_posix(), path, status, linked or path.is_symlink())
 
 
+def _is_of_the_system(path: Path) -> bool:
+    target = os.path.realpath(path)
+    return not _lies_in(target, _SHARED_MEMORY) and any(_lies_in(target, folder) for folder in _OF_THE_SYSTEM)
+
+
+def _lies_in(target: str, folder: str) -> bool:
+    return target == folder or target.startswith(folder.rstrip("/") + "/")
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a path below `root` stands, through links, for one that is not."""
+    return not _lies_in(os.path.realpath(path), os.path.realpath(root))
+
+
 def single_file(path: Path) -> Entry:
     """Return the entry of a file that is read by itself."""
     return Entry(path.name, path, path.stat(), False)
@@ -139,7 +164,8 @@ def unique_files(entries: Iterable[Entry]) -> Listing:
     twins = 0
     for entry in sorted(entries, key=lambda entry: (entry.linked, entry.name)):
         status = entry.status
-        if status is not None and not stat.S_ISREG(status.st_mode):
+        regular = status is None or stat.S_ISREG(status.st_mode)
+        if not regular or (entry.linked and _is_of_the_system(entry.path)):
             special.append(printable(entry.name))
             continue
         # Some file systems number no files: there, names are all there is.
@@ -148,7 +174,8 @@ def unique_files(entries: Iterable[Entry]) -> Listing:
         twins += key in chosen
         chosen.setdefault(key, entry)
     files = sorted((entry.name, entry.path) for entry in chosen.values())
-    return Listing([(printable(name), path) for name, path in files], special=special, twins=twins)
+    linked = sorted((printable(entry.name), entry.path) for entry in chosen.values() if entry.linked)
+    return Listing([(printable(name), path) for name, path in files], special=special, twins=twins, linked=linked)
 
 
 def kind_of(mode: int) -> str:

@@ -32,6 +32,8 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 MAX_DOCUMENT_BYTES = 2**30
 """Longest text, in bytes."""
+MAX_COMPRESSED_DOCUMENT_BYTES = 2**28
+"""Longest text that is a whole compressed file: a few bytes can become this many, and four times as many as text."""
 MAX_LINE_BYTES = 2**26
 """Longest line of JSON, in bytes: parsed, one of many small values takes twenty times the memory."""
 MAX_EXPANSION = 1000
@@ -39,6 +41,7 @@ MAX_EXPANSION = 1000
 
 _XZ_MEMORY = 2**29
 _BATCH_ROWS = 64
+_BATCH_BYTES = 2**26
 _NUL_SHARE = 0.1
 _UNDECODABLE_SHARE = 0.25
 # UTF-32 first: its mark begins with that of UTF-16.
@@ -166,12 +169,15 @@ class _Streams:
 def read_plain(path: Path) -> tuple[str | CorpusError, bool]:
     """Return the text of a plain file, or what is wrong with it, and whether bytes of it were replaced by U+FFFD."""
     place = printable(path)
+    compressed = path.suffix.lower() in COMPRESSIONS
+    limit = min(MAX_DOCUMENT_BYTES, MAX_COMPRESSED_DOCUMENT_BYTES) if compressed else MAX_DOCUMENT_BYTES
     with open_text(path) as file:
-        data = file.read(MAX_DOCUMENT_BYTES + 1)
-    if len(data) > MAX_DOCUMENT_BYTES:
-        return _too_long(
-            place, MAX_DOCUMENT_BYTES, "a file of plain text is one document: cut it, or write it as .jsonl"
-        ), False
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        advice = "a file of plain text is one document: cut it, or write it as .jsonl"
+        if compressed:
+            advice += f"; decompressed, it may have {MAX_DOCUMENT_BYTES} bytes"
+        return _too_long(place, limit, advice), False
     encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
     if encoding.startswith("utf-8") and data.count(0) > _NUL_SHARE * len(data):
         return CorpusError(
@@ -258,13 +264,42 @@ def read_parquet(path: Path, choose: Callable[[Iterable[str]], str]) -> Iterator
         with open_regular(path) as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
             column = choose(table.schema_arrow.names)
             _check_column(table.schema_arrow, column, place)
-            # A long text that many rows repeat is stored once, and would be in memory as often as a batch has rows.
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=[column]):
-                for value in _values(batch.column(0)):
-                    number += 1
-                    yield Row(number, _text_of_value(value, f"{place}:{number}"))
+            for group in range(table.num_row_groups):
+                rows = _rows_at_once(file, table.metadata, group, column)
+                for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
+                    for value in _values(batch.column(0)):
+                        number += 1
+                        yield Row(number, _text_of_value(value, f"{place}:{number}"))
     except (pa.ArrowException, UnicodeDecodeError, TypeError) as error:
         raise CorpusError(f"{place} cannot be read as parquet: {error}") from error
+
+
+def _rows_at_once(file: BinaryIO, metadata: Any, group: int, column: str) -> int:
+    """Return how many rows of a group can be in memory at a time.
+
+    A long text that many rows repeat is stored once, in the column's dictionary, but would be in memory as often as a
+    batch has rows. What is not in the dictionary takes in the batch what it takes in the pages.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    described = metadata.row_group(group)
+    if described.num_rows < 2:
+        return 1
+    # What is said of the columns is not asked for: of damaged files, Arrow aborts the process there.
+    if described.total_byte_size > MAX_DOCUMENT_BYTES:
+        return 1
+    # Read as a dictionary, the first row comes with all of it. All rows so would be slow where few are repeated: Arrow
+    # would make one dictionary of them, and copy it for every batch.
+    with pq.ParquetFile(
+        file, metadata=metadata, pre_buffer=False, buffer_size=2**20, read_dictionary=[column]
+    ) as probe:
+        batch = next(probe.iter_batches(batch_size=1, row_groups=[group], columns=[column]), None)
+    dictionary = getattr(batch.column(0), "dictionary", None) if batch is not None else None
+    if dictionary is None or len(dictionary) == 0:
+        return _BATCH_ROWS
+    longest = pc.call_function("max", [pc.call_function("binary_length", [dictionary])]).as_py() or 0
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, longest)))
 
 
 def _check_column(schema: Any, column: str, place: str) -> None:
@@ -282,15 +317,12 @@ def _check_column(schema: Any, column: str, place: str) -> None:
 
 
 def _values(column: Any) -> Iterator[str | bytes | UnicodeDecodeError | None]:
-    """Yield the values of an array; for strings that are not UTF-8, which Arrow does not check, the error."""
-    try:
-        yield from column.to_pylist()
-    except UnicodeDecodeError:
-        for index in range(len(column)):
-            try:
-                yield column[index].as_py()
-            except UnicodeDecodeError as error:
-                yield error
+    """Yield the values of an array, one at a time; for strings that are not UTF-8, which Arrow does not check, the error."""
+    for index in range(len(column)):
+        try:
+            yield column[index].as_py()
+        except UnicodeDecodeError as error:
+            yield error
 
 
 def _text_of_value(value: str | bytes | UnicodeDecodeError | None, place: str) -> str | CorpusError:

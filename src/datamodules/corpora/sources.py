@@ -23,6 +23,7 @@ from src.datamodules.corpora.files import (
     Listing,
     fingerprint_files,
     kind_of,
+    leads_out,
     open_regular,
     printable,
     reading,
@@ -176,7 +177,8 @@ class TextFiles(Source):
     UTF-16 or UTF-32 if it begins with their byte order mark. One document per row: JSON lines (`.jsonl`, `.ndjson`,
     `.json`) and `.parquet`; these are called `file:row`, rows counted from 1. Any but parquet may be compressed
     (`.txt.gz`, `.bz2`, `.xz`, `.zst`). Hidden files and folders (`.git`) are not read, nor is what is no regular file
-    (pipes, sockets, devices); a file that has several names, through links, is read once.
+    (pipes, sockets, devices) or lies, through links, in /proc, /sys or /dev; a file that has several names, through
+    links, is read once. Links that lead out of the folder are followed, with a warning that counts them.
 
     Args:
         path: the file or folder.
@@ -262,7 +264,14 @@ class TextFiles(Source):
             )
         if special := self._listing.special:
             self.warn_once(
-                f"left out {len(special)} pipes, sockets or devices, such as {special[0]}: not regular files"
+                f"left out {len(special)} pipes, sockets or devices, such as {special[0]}: not regular files, or links"
+                " into /proc, /sys or /dev"
+            )
+        outside = [name for name, path in self._listing.linked if leads_out(path, self.path)]
+        if outside:
+            self.warn_once(
+                f"{len(outside)} {'links lead' if len(outside) > 1 else 'link leads'} out of the folder, such as"
+                f" {outside[0]}: what is there is read as text of this corpus"
             )
 
     def summary(self) -> str:

@@ -45,6 +45,10 @@ Rule = tuple[int, ...]
 RESERVED = 3  # ids between the terminals and the non-terminals
 LONGEST_RULE = 3
 LONGEST_SENTENCE = 16_384
+MOST_SYMBOLS = 65_536  # terminals, and non-terminals; a file may be a stranger's, and each of them takes memory
+MOST_RULES = 2**20
+DEEPEST = 256  # the longest sentence may be 3 to the power of this, before it is found too long
+LARGEST_FILE = 2**24
 _FOLDER = Path(__file__).parent / "grammars"
 
 
@@ -83,24 +87,25 @@ class Grammar:
     def __post_init__(self) -> None:
         if len(self.sizes) < 2 or self.sizes[0] != 1 or min(self.sizes) < 1:
             raise ValueError(
-                f"{self.name}: layer sizes {self.sizes}: one root, then at least one symbol in each of one or more layers"
+                f"{self.label}: layer sizes {_short(self.sizes)}: one root, then at least one symbol in each of one or more layers"
             )
+        _check_sizes(self.label, self.sizes)
         if len(self.rules) != sum(self.sizes[:-1]):
             raise ValueError(
-                f"{self.name}: rules for {len(self.rules)} symbols, but {sum(self.sizes[:-1])} non-terminals"
+                f"{self.label}: rules for {len(self.rules)} symbols, but {sum(self.sizes[:-1])} non-terminals"
             )
         for layer, (symbols, below_it) in enumerate(zip(self.layers, self.layers[1:], strict=False)):
             for symbol in symbols:
                 if not self.rules_of(symbol):
-                    raise ValueError(f"{self.name}: symbol {symbol} of layer {layer} has no rules")
+                    raise ValueError(f"{self.label}: symbol {symbol} of layer {layer} has no rules")
                 for rule in self.rules_of(symbol):
                     if not 1 <= len(rule) <= LONGEST_RULE or any(child not in below_it for child in rule):
                         raise ValueError(
-                            f"{self.name}: rule {symbol} -> {' '.join(map(str, rule))}: one to {LONGEST_RULE} symbols of the "
+                            f"{self.label}: rule {symbol} -> {_short(' '.join(map(str, rule)))}: one to {LONGEST_RULE} symbols of the "
                             f"next layer, {below_it.start}..{below_it.stop - 1}"
                         )
         if self.max_length > LONGEST_SENTENCE:
-            raise ValueError(f"{self.name}: sentences of up to {self.max_length} tokens; at most {LONGEST_SENTENCE}")
+            raise ValueError(f"{self.label}: sentences of up to {self.max_length} tokens; at most {LONGEST_SENTENCE}")
 
     # ---- where grammars come from ------------------------------------------------------------------------------------
 
@@ -108,13 +113,19 @@ class Grammar:
     def load(cls, name: str) -> Grammar:
         """A shipped grammar by name, or one of your own by the path of its file."""
         path = Path(name) if name.endswith(".json") else _FOLDER / f"{name}.json"
-        if not path.is_file():
+        if not _is_file(path):
             raise ValueError(
                 f"grammar={name!r}: choose {', '.join(cls.shipped())}, or the path of a .json file that exists"
             )
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            with path.open("rb") as file:
+                data = file.read(LARGEST_FILE + 1)
+            if len(data) > LARGEST_FILE:
+                raise ValueError(f"larger than {LARGEST_FILE} bytes")
+            return cls.from_dict(json.loads(data.decode()))
+        except RecursionError:
+            raise ValueError(f"grammar={name!r}: nested too deep") from None
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             raise ValueError(f"grammar={name!r}: {error}") from error
 
     @classmethod
@@ -129,18 +140,28 @@ class Grammar:
             {"name", "builder"} <= set(content) or {"name", "terminals", "layers"} <= set(content)
         ):
             raise ValueError("a grammar file has a name, and either terminals, layers, or a builder")
+        if not isinstance(content["name"], str):
+            raise ValueError(f"its name is a {type(content['name']).__name__}, not a string")
         if "builder" in content:
             _only_keys(content, {"name", "about", "builder"})
             _only_keys(content["builder"], {"sizes", "rules", "length", "seed", "distinct_symbols", "distinct_rules"})
+            if not isinstance(content["builder"].get("seed", 0), int):
+                raise ValueError("the seed of a builder is an integer")
             return cls.random(name=content["name"], **content["builder"])
         _only_keys(content, {"name", "about", "terminals", "layers"})
+        if not isinstance(content["terminals"], int):
+            raise ValueError(f"terminals={_short(content['terminals'])!r}: their number")
+        if not isinstance(content["layers"], list) or not all(isinstance(layer, dict) for layer in content["layers"]):
+            raise ValueError("layers are a list of objects, each with the rules of its symbols")
         read = {int(symbol): text for layer in content["layers"] for symbol, text in layer.items()}
-        sizes = (*(len(layer) for layer in content["layers"]), int(content["terminals"]))
+        if not all(isinstance(text, str) for text in read.values()):
+            raise ValueError('the rules of a symbol are a string such as "22 23 | 24 24"')
+        sizes = (*(len(layer) for layer in content["layers"]), content["terminals"])
         ids = [int(symbol) for layer in reversed(content["layers"]) for symbol in layer]
         first = sizes[-1] + RESERVED + 1
         if ids != list(range(first, first + len(ids))):
             raise ValueError(
-                f"non-terminals are numbered from {first}, the lowest layer first and the root last; found {ids}"
+                f"non-terminals are numbered from {first}, the lowest layer first and the root last; found {_short(ids)}"
             )
         rules = tuple(tuple(tuple(map(int, rule.split())) for rule in read[symbol].split("|")) for symbol in ids)
         return cls(content["name"], sizes, rules)
@@ -199,11 +220,16 @@ class Grammar:
     def lowest(self, levels: int) -> Grammar:
         """The grammar of the lowest ``levels`` layers, rooted at the first symbol of the layer above them."""
         if not 1 <= levels <= self.depth:
-            raise ValueError(f"levels={levels}: {self.name} has 1..{self.depth}")
+            raise ValueError(f"levels={levels}: {self.label} has 1..{self.depth}")
         sizes = (1, *self.sizes[self.depth - levels + 1 :])
         return Grammar(f"{self.name}, {levels} levels", sizes, self.rules[: sum(sizes[:-1])])
 
     # ---- symbols -----------------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """The name as it may be printed: what a terminal would obey is written in escapes."""
+        return _short(self.name if self.name.isprintable() else repr(self.name))
 
     @property
     def depth(self) -> int:
@@ -335,7 +361,7 @@ class Grammar:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.name}: sentences of {self.min_length}..{self.max_length} tokens, {self.mean_length:.1f} on average"
+            f"{self.label}: sentences of {self.min_length}..{self.max_length} tokens, {self.mean_length:.1f} on average"
         ]
         for ids in self.layers[:-1]:
             texts = (" | ".join(" ".join(map(str, rule)) for rule in self.rules_of(symbol)) for symbol in ids)
@@ -352,10 +378,32 @@ def _layer_starts(sizes: Sequence[int]) -> list[int]:
     return starts[::-1]
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long
+        return False
+
+
+def _short(value: Any) -> str:
+    """A value for a message, of which nobody reads more."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def _check_sizes(name: str, sizes: Sequence[int]) -> None:
+    """Refuses more symbols than memory is set aside for."""
+    if len(sizes) - 1 > DEEPEST:
+        raise ValueError(f"{name}: {len(sizes) - 1} layers of rules; at most {DEEPEST}")
+    for what, found in (("terminals", sizes[-1]), ("non-terminals", sum(sizes[:-1]))):
+        if found > MOST_SYMBOLS:
+            raise ValueError(f"{name}: {_short(found)} {what}; at most {MOST_SYMBOLS}")
+
+
 def _only_keys(content: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(set(content) - known)
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}: choose {', '.join(sorted(known))}")
+        raise ValueError(f"unknown key {_short(repr(unknown[0]))}: choose {', '.join(sorted(known))}")
 
 
 def _check_builder(sizes: Sequence[int], rules: Any, length: Any, distinct_symbols: bool, distinct_rules: bool) -> None:
@@ -364,10 +412,17 @@ def _check_builder(sizes: Sequence[int], rules: Any, length: Any, distinct_symbo
         if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= most:
             raise ValueError(f"{key}={tuple(bounds)}: two numbers, 1 <= fewest <= most <= {most}")
     if len(sizes) < 2 or sizes[0] != 1 or min(sizes) < 1:
-        raise ValueError(f"sizes={tuple(sizes)}: one root, then at least one symbol in each of one or more layers")
+        raise ValueError(
+            f"sizes={_short(tuple(sizes))}: one root, then at least one symbol in each of one or more layers"
+        )
+    _check_sizes("sizes", sizes)
+    if sum(sizes[:-1]) * rules[1] > MOST_RULES:
+        raise ValueError(f"rules={tuple(rules)}: up to {sum(sizes[:-1]) * rules[1]} in all; at most {MOST_RULES}")
     for size, width in itertools.pairwise(sizes):
         if distinct_symbols and width < length[1]:
-            raise ValueError(f"sizes={tuple(sizes)}: {length[1]} distinct symbols do not exist in a layer of {width}")
+            raise ValueError(
+                f"sizes={_short(tuple(sizes))}: {length[1]} distinct symbols do not exist in a layer of {width}"
+            )
         ways = math.perm if distinct_symbols else pow
         exist = sum(ways(width, symbols) for symbols in range(length[0], length[1] + 1))
         if distinct_rules and exist < size * rules[1]:

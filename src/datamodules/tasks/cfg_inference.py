@@ -108,7 +108,7 @@ class Inference:
 
     @property
     def _not_a_sentence(self) -> str:
-        return f"is not a sentence of {self.grammar.name}; ask membership first"
+        return f"is not a sentence of {self.grammar.label}; ask membership first"
 
     def _rows(self, string: ArrayLike) -> Callable[[int, int], list[int]]:
         """The ends of a symbol that starts at a position, ascending."""

@@ -93,6 +93,19 @@ class TestCompression:
         with pytest.raises(CorpusError, match=rf"{name}{suffix} becomes more than \d+ bytes|longer than 1048576"):
             texts(TextFiles(path))
 
+    @pytest.mark.parametrize("suffix", COMPRESS)
+    def test_a_document_that_is_a_compressed_file_is_shorter(self, tmp_path, monkeypatch, suffix):
+        """One character beyond the common ones makes four bytes of every other one."""
+        assert formats.MAX_COMPRESSED_DOCUMENT_BYTES == 2**28
+        monkeypatch.setattr(formats, "MAX_COMPRESSED_DOCUMENT_BYTES", 2**16)
+        text = "\U0001f600" + "a " * 2**15
+        path = write(tmp_path / f"a.txt{suffix}", COMPRESS[suffix](text.encode()))
+        with pytest.raises(
+            CorpusError, match=r"a\.txt\.\w+: longer than 65536 bytes; .*cut it.*; decompressed, it may"
+        ):
+            texts(TextFiles(path))
+        assert texts(TextFiles(write(tmp_path / "a.txt", text))) == {"a.txt": text}
+
     def test_an_xz_header_that_asks_for_gigabytes(self, tmp_path):
         filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 2**20}]
         data = bytearray(lzma.compress(b"text", filters=filters))
@@ -196,6 +209,25 @@ class TestParquet:
             found = texts(TextFiles(tmp_path, skip_bad=True))
         assert list(found.items())[:3] == [("a.parquet:1", "good"), ("a.parquet:4", "fine"), ("a.parquet:6", "more")]
         assert len(found) == 2002
+
+    @pytest.mark.parametrize(
+        "kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+    )
+    def test_a_long_text_that_many_rows_repeat(self, tmp_path, monkeypatch, kind):
+        """Stored once, it is not in memory as often as there are rows."""
+        monkeypatch.setattr(formats, "_BATCH_BYTES", 2**21)
+        text = "a" * 2**20
+        column = (
+            pa.array([text, "b"] * 64).cast(pa.binary()) if kind == pa.binary() else pa.array([text, "b"] * 64, kind)
+        )
+        table = pa.table({"n": list(range(128)), "text": column})
+        pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=True)
+        del column, table
+        before, peak = pa.total_allocated_bytes(), 0
+        for row in TextFiles(tmp_path).documents():
+            assert row.text in (text, "b")
+            peak = max(peak, pa.total_allocated_bytes() - before)
+        assert peak < 10 * 2**20
 
     def test_empty_tables_are_no_obstacle(self, tmp_path):
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
@@ -306,6 +338,48 @@ class TestSpecialFiles:
     def test_paths_that_cannot_be(self, folder, path):
         with pytest.raises(CorpusError, match="path="):
             TextFiles(path)
+
+
+class TestLinksThatLeadOut:
+    def test_are_followed_and_told_once(self, tmp_path):
+        write(tmp_path / "home/id_rsa", "secret")
+        write(tmp_path / "home/more/b.txt", "more")
+        write(tmp_path / "in/own.txt", "text")
+        (tmp_path / "in/a.txt").symlink_to(tmp_path / "home/id_rsa")
+        (tmp_path / "in/folder").symlink_to("../home/more")
+        (tmp_path / "in/inner.md").symlink_to("own.txt")
+        source = TextFiles(tmp_path / "in")
+        with pytest.warns(UserWarning, match=r"^2 links lead out of the folder, such as a\.txt") as record:
+            found = texts(source)
+        assert found == {"a.txt": "secret", "folder/b.txt": "more", "own.txt": "text"}
+        assert len(record) == 1
+        (tmp_path / "in/folder").unlink()
+        with pytest.warns(UserWarning, match=r"^1 link leads out of the folder, such as a\.txt"):
+            texts(TextFiles(tmp_path / "in"))
+
+    def test_a_folder_that_is_a_link_itself_is_no_way_out(self, tmp_path):
+        write(tmp_path / "real/b.txt", "text")
+        (tmp_path / "real/c.md").symlink_to("b.txt")
+        (tmp_path / "in").symlink_to("real")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert texts(TextFiles(tmp_path / "in")) == {"b.txt": "text"}
+
+    def test_the_system_is_left_out(self, tmp_path):
+        """Neither the environment of this process, nor folders without an end."""
+        write(tmp_path / "in/own.txt", "text")
+        (tmp_path / "in/environment.txt").symlink_to("/proc/self/environ")
+        (tmp_path / "in/again.txt").symlink_to("environment.txt")
+        (tmp_path / "in/kernel").symlink_to("/sys/kernel")
+        (tmp_path / "in/processes").symlink_to("/proc")
+        (tmp_path / "in/devices.txt").symlink_to("/dev")
+        source = TextFiles(tmp_path / "in")
+        with pytest.warns(
+            UserWarning, match=r"left out 5 .*, such as \S+: .* links into /proc, /sys or /dev"
+        ) as record:
+            assert texts(source) == {"own.txt": "text"}
+        assert len(record) == 1
+        assert source.summary() == "reading 1 .txt; left out 5 special file(s)"
 
 
 class TestWhatIsLeftOut:

@@ -231,11 +231,56 @@ def test_files_that_are_not_grammars_are_refused_by_name(content, message, tmp_p
         Grammar.load(str(path))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(own(layers=layers) for layers in (3, [3], {}, [{"6": 3}], [{"6": "x"}], [{"6": "9" * 5000}], [[]], [{}], [])),
+        *(own(terminals=value) for value in (math.inf, math.nan, 1.5, "2", None, -1, 0, 2**70)),
+        own(terminals=10**9, layers=[{"1000000004": "1 2"}]),
+        own(layers=[{str(6 + 299 - i): str(6 + 298 - i) if i < 299 else "1"} for i in range(300)]),
+        *(own(name=value) for value in (3, None, [])),
+        *({"name": "own", "builder": value} for value in (3, [], {}, "sizes", {"sizes": [1], "seed": 1})),
+        *(
+            {"name": "own", "builder": {"sizes": [1, 3, 2], "rules": [1, 1], "length": [1, 3], "seed": 1} | changes}
+            for changes in (
+                {"sizes": [1, 10**8, 3]},
+                {"sizes": [1, 3, 10**8]},
+                {"sizes": [1, 60_000, 60_000], "rules": [1, 60_000]},
+                {"sizes": [1, math.inf]},
+                {"sizes": [1, "2"]},
+                {"rules": [2, 10**9], "distinct_rules": False},
+                {"seed": "x"},
+                {"seed": math.inf},
+            )
+        ),
+        *(b"", b"[" * 100_000, b"\xff\xfe", b'{"a":' * 100_000, b"1" * 5000, b" " * (2**24 + 1)),
+    ],
+)
+def test_files_of_strangers_take_no_memory_and_are_refused_by_name(content, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(ValueError, match=r"own\.json") as caught:
+        Grammar.load(str(path))
+    assert len(str(caught.value)) < 1000
+
+
+def test_names_that_a_terminal_would_obey_are_shown_in_escapes(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(own(name="\x1b]0;P\x07", layers=[{"6": "9"}])))
+    with pytest.raises(ValueError, match=r"own\.json.*\\x1b\]0;P\\x07") as caught:
+        Grammar.load(str(path))
+    assert str(caught.value).isprintable()
+    assert "\x1b" not in str(Grammar.from_dict(own(name="\x1b[31m")))
+
+
 def test_unknown_names_list_the_shipped_ones():
     with pytest.raises(ValueError, match="grammar='cfg4'.*cfg3b, cfg3e1, cfg3e2, cfg3f"):
         Grammar.load("cfg4")
     with pytest.raises(ValueError, match="exists"):
         Grammar.load("nowhere.json")
+    for name in ("x" * 5000, "a\0b.json", "x" * 5000 + ".json"):
+        with pytest.raises(ValueError, match="exists"):
+            Grammar.load(name)
 
 
 def test_symbols_without_rules_are_refused():
