@@ -155,7 +155,7 @@ def test_a_cell_opens_the_commands_that_reproduce_it(show):
     page.keyboard.press("Escape")
     assert panel.is_hidden()
     # The same from the keyboard, by way of the table.
-    page.locator("#results-R3-smoke-scores summary").click()
+    page.locator("#results-R3-smoke-scores details.table summary").click()
     page.locator("#results-R3-smoke-scores [data-cell]").nth(6).press("Enter")
     assert panel.locator("#panel-title").inner_text() == "RoPE"
     assert panel.locator("#panel-where").inner_text() == "Mano"
