@@ -88,8 +88,3 @@ def step_of(path: Path) -> int:
     """The optimizer step that a numbered checkpoint's name says; -1 for another name."""
     match = re.fullmatch(r"step(\d+)\.ckpt", path.name)
     return int(match[1]) if match else -1
-
-
-def by_age(folder: Path) -> list[Path]:
-    """The numbered checkpoints of a run, newest first; none of them opened."""
-    return sorted((path for path in folder.glob("step*.ckpt") if step_of(path) >= 0), key=step_of, reverse=True)
