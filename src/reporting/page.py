@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,10 +166,7 @@ class _Page:
             theme: [on_scale(theme, i / (len(scales[theme]) - 1))[1] for i in range(len(scales[theme]))]
             for theme in themes
         }
-        parts: dict[str, str] = {}
-        for name, collected in (("figures", self.figures), ("cells", self.cells)):
-            parts[name] = _joined(collected)
-            collected.clear()  # they are megabytes, and needed once
+        parts: dict[str, Mapping[str, str] | str] = {"figures": self.figures, "cells": self.cells}
         parts |= {name: embedded(part) for name, part in (("themes", THEMES), ("scales", scales), ("inks", inks))}
         environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
         pieces = environment.get_template("report.html.j2").stream(
@@ -185,9 +182,8 @@ class _Page:
             css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
             js=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
             plotly=Markup(plotly_js()),
-            data=_joined(parts),
+            data=_pieces(parts),
         )
-        pieces.enable_buffering(1000)
         part = part_of(path)
         # Names of folders may hold what is no text.
         pieces.dump(str(part), "utf-8", "backslashreplace")
@@ -276,9 +272,15 @@ def embedded(data: Any) -> Markup:
     return Markup(text)
 
 
-def _joined(parts: Mapping[str, str]) -> Markup:
-    """An object of parts that are JSON already."""
-    return Markup("{" + ",".join(f"{embedded(name)}:{part}" for name, part in parts.items()) + "}")
+def _pieces(parts: Mapping[str, Mapping[str, str] | str]) -> Iterator[Markup]:
+    """An object of parts that are JSON already, or of objects of such parts, in pieces: together they are megabytes."""
+    for i, (name, part) in enumerate(parts.items()):
+        yield Markup(f"{',' if i else '{'}{embedded(name)}:")
+        if isinstance(part, str):
+            yield Markup(part)
+        else:
+            yield from _pieces(part)
+    yield Markup("}" if parts else "{}")
 
 
 def _plain(node: Any) -> Any:
