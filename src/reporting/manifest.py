@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 MOST_BYTES = 256 << 20  # of ten thousand jobs with their commands some ten millions
 # What earlier versions did not write.
 OPTIONAL: dict[str, Any] = {"title": "", "note": None, "source": None, "axes": {}, "match": None, "command": ""}
+# Of the data, how many are taken, and how: not what they are drawn from.
+_TAKING = {"seed", "window", "batch_size", "eval_batch_size", "num_workers", "cache_dir", "isolate"}
+_TAKING |= {f"{split}_{what}" for split in ("val", "test") for what in ("windows", "answers")}
+
+
+def data_name(section: dict[str, Any]) -> str:
+    """What names the data that a configuration asks for, whatever the files hold: jobs with the same name must find the same data."""
+    asked = {key: value for key, value in section.items() if key not in _TAKING}
+    return hashlib.blake2b(json.dumps(asked, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -82,6 +92,7 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
                 "learning_rate": job.learning_rate,
                 "folder": os.path.relpath(job.folder(root), path.parent),
                 "command": job.command,
+                "data": data_name(job.config.get("data") or {}),
             }
             for job in jobs
         ],

@@ -115,7 +115,8 @@ class SweepResults:
         self.plan: dict[str, Any] = read_manifest(path)
         self.statements = [Statement(**item) for item in self.plan["expect"]]
         self.runs: dict[str, Run] = {}  # by folder, as they have been read
-        self.origins: dict[str, tuple[str, str]] = {}  # by folder: when the run ended, and on which data
+        # By folder: when the run ended, on which data, and which data its plan asks for.
+        self.origins: dict[str, tuple[str, str, str]] = {}
 
     @property
     def name(self) -> str:
@@ -172,7 +173,9 @@ class SweepResults:
             status, reason = UNREADABLE, "; ".join(run.problems)
         others = {key: value for key, value in job["settings"].items() if not is_repetition(key)}
         costs = {key: run.results.get(key) if done else None for key in COSTS}
-        self.origins[folder] = (str(run.record.get("ended") or ""), _data_of(run))
+        # Manifests of before do not say which data a job asks for; those of a variant are the same.
+        asked = job.get("data") or f"of {job['variant']}"
+        self.origins[folder] = (str(run.record.get("ended") or ""), _data_of(run), asked)
         run.slim()
         return {
             "job": job["name"],
@@ -190,13 +193,13 @@ class SweepResults:
         } | costs
 
     def _leave_out_other_data(self, rows: list[dict[str, Any]]) -> None:
-        """Runs of one task and setting are compared on the same data: where files were replaced, those of the latest run count."""
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        """Runs that ask for the same data are compared on the same data: where files were replaced, those of the latest run count."""
+        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for row in rows:
             if row["value"] is not None:
-                groups.setdefault((row["task"], row["others"]), []).append(row)
+                groups.setdefault((row["task"], row["others"], self.origins[row["folder"]][2]), []).append(row)
         for members in groups.values():
-            _, newest = max((self.origins[row["folder"]] for row in members), key=lambda origin: origin[0])
+            _, newest, _ = max((self.origins[row["folder"]] for row in members), key=lambda origin: origin[0])
             for row in members:
                 if self.origins[row["folder"]][1] != newest:
                     row["status"], row["value"] = OTHER_DATA, None
@@ -229,7 +232,7 @@ class SweepResults:
         for row in done:
             by_rate.setdefault(row["learning_rate"], {})[row["seed"]] = row["value"]
         best = min if lower else max
-        rate, remarks = self._chosen(rows, best)
+        rate, remarks = self._chosen(rows)
         chosen = [row for row in done if row["learning_rate"] == rate]
         costs = {key: [row[key] for row in chosen if row[key] is not None] for key in COSTS}
         return Cell(
@@ -250,8 +253,10 @@ class SweepResults:
             remarks=remarks,
         )
 
-    def _chosen(self, rows: list[dict[str, Any]], best: Callable[..., float]) -> tuple[float, list[str]]:
+    def _chosen(self, rows: list[dict[str, Any]]) -> tuple[float, list[str]]:
         """The learning rate that is best on the validation set, and what must be known of the choice."""
+        # Its direction is its own: a loss may choose for an accuracy.
+        best = min if lower_is_better(self.plan["selections"][rows[0]["task"]]) else max
         done = [row for row in rows if row["value"] is not None]
         planned = Counter(row["learning_rate"] for row in rows)
         if len(planned) == 1:

@@ -131,6 +131,7 @@ class ManifestJob(TypedDict):
     learning_rate: Rate
     folder: str
     command: str
+    data: NotRequired[str]
 
 
 class ManifestStatement(TypedDict):

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from src.evaluation.evaluators import lower_is_better
+from src.evaluation import task_evaluators  # noqa: F401 (all evaluators)
+from src.evaluation.evaluators import Evaluator
+from src.evaluation.names import lower_is_better
+from src.reporting.manifest import data_name
 from src.reporting.registry import write_json
 from src.reporting.results import SweepResults, compare, find_sweeps, judge, write_manifest
 from src.reporting.statistics import difference
@@ -42,7 +45,7 @@ def results(
         status = {"status": "failed" if values is None else "finished", "host": "x", "pid": 1}
         (run / "run.json").write_text(json.dumps(status))
         if values is not None:
-            metrics = {metric.replace("test/", "val/"): values[0], metric: values[1]}
+            metrics = {described.selection_of("Depo"): values[0], metric: values[1]}
             content = {"config_hash": name, "metrics": metrics, "parameters": 100, "seconds": 5.0}
             (run / "results.json").write_text(json.dumps(content))
     path = folder / "sweeps" / "a" / "manifest.json"
@@ -127,12 +130,36 @@ def test_losses_are_better_when_lower(tmp_path):
     assert abcd.best == 1.9
     assert found.outcome == "confirmed"
     assert found.verdicts[0].best_difference == pytest.approx(2.21 - 1.9)
-    assert [lower_is_better(name) for name in ("test/loss", "test/kl", "test/accuracy/hop1", "test/sequence")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+
+
+@pytest.mark.parametrize(("metric", "select"), [("test/accuracy", "val/loss"), ("test/loss", "val/accuracy")])
+def test_what_chooses_the_learning_rate_has_a_direction_of_its_own(metric, select, tmp_path):
+    """The better validation goes with the better test: a loss of 0.5 with 0.9 right, an accuracy of 0.9 with a loss of 0.5."""
+    better, worse = (0.5, 0.9), (2.6, 0.1)
+    if metric == "test/loss":
+        better, worse = better[::-1], worse[::-1]
+    scores = {(variant, 0.1, seed): better for variant in ("none", "ABCD") for seed in (1, 2, 3)}
+    scores |= {(variant, 0.2, seed): worse for variant in ("none", "ABCD") for seed in (1, 2, 3)}
+    found = results(tmp_path, scores, sweep(metric=metric, select=select))
+    assert [cell.rate for cell in found.cells] == [0.1, 0.1]
+    assert [cell.mean for cell in found.cells] == pytest.approx([better[1]] * 2)
+
+
+LOWER = {"loss", "kl", "leaked", "name_nats", "value_nats", "bits_per_byte"}
+# What is no score: bounds, counts, and what describes the data.
+NEITHER = {"bits_per_person_ceiling", "bits_per_parameter_ceiling", "kl_sentences", "entropy"}
+
+
+def test_every_measure_has_its_direction():
+    """Of all evaluators, and of what text adds: a measure that is new must be put into one of these lists."""
+    evaluators, waiting = [], [Evaluator]
+    while waiting:
+        evaluators.append(waiting.pop())
+        waiting += evaluators[-1].__subclasses__()
+    measures = {measure for evaluator in evaluators for measure in evaluator.measures}
+    assert len(evaluators) >= 5
+    assert {name for name in measures - NEITHER if lower_is_better(f"test/{name}")} == LOWER
+    assert measures - NEITHER - LOWER == {"token_accuracy", "bits_per_person", "bits_per_parameter"}
 
 
 def test_pairs_share_the_seed(tmp_path):
@@ -284,3 +311,23 @@ def test_runs_on_files_that_were_replaced_are_not_compared_with_those_on_the_new
     rows = SweepResults(sweep.path).rows
     assert {row["status"] for row in rows} == {"finished", "of other data"}
     assert sum(row["value"] is None for row in rows) == len(folders) // 2
+
+
+def test_variants_that_ask_for_other_data_keep_their_runs(tmp_path):
+    """One variant reads bytes and the other pieces of words: nothing was replaced."""
+    sweep = make_sweep(tmp_path, tasks=("Text",), variants=("bytes", "bpe"), rates=(2e-3,), unfinished=0, failed=0)
+    plan = json.loads(sweep.path.read_text())
+    for job in plan["jobs"]:
+        folder = sweep.path.parent / job["folder"]
+        job["data"] = data_name({"tokenizer": job["variant"], "seed": job["seed"]})
+        results = json.loads((folder / "results.json").read_text())
+        write_json(folder / "results.json", results | {"data": {"corpus": "x", "fingerprint": job["variant"]}})
+    for written in (plan, plan | {"jobs": [{k: v for k, v in job.items() if k != "data"} for job in plan["jobs"]]}):
+        write_json(sweep.path, written)
+        assert {row["status"] for row in SweepResults(sweep.path).rows} == {"finished"}
+
+
+def test_data_are_named_by_what_they_are_drawn_from():
+    asked = {"task": {"N": 5}, "seed": 1, "batch_size": 8, "val_windows": 10}
+    assert data_name(asked) == data_name(asked | {"seed": 2, "batch_size": 16, "val_windows": None})
+    assert data_name(asked) != data_name(asked | {"task": {"N": 6}})
