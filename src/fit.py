@@ -10,6 +10,7 @@ training is over: a run that is killed in its test is only tested when it is sta
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,25 @@ def fit(
         RankLost: another process of the run has died.
         RunError: a data worker has died, or there is no room for the final checkpoint.
     """
-    folder = output_dir / "checkpoints"
+    folder, finished = output_dir / "checkpoints", False
+
+    def finish() -> None:
+        nonlocal finished
+        finished = True
+        module.ended = ending(trainer, planned)
+        if module.ended["why"] != PLANNED:
+            log.warning(f"training ended after step {module.ended['step']} of {planned}: {module.ended['why']}")
+        log_at_step(trainer, trainer.global_step)
+        trainer.save_checkpoint(folder / "final.ckpt")
+
     try:
         trainer.fit_loop.__class__ = _FitLoop
+        trainer.fit_loop.before_end = finish  # type: ignore[attr-defined]
         trainer.fit_loop.epoch_loop.__class__ = _EpochLoop
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except Preempted:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
         if checkpoint is None or module.began:
             raise
         # It was whole, and yet the states in it are not those of this trainer's parts.
@@ -83,11 +95,8 @@ def fit(
         )
         log.warning(f"interrupted at step {trainer.global_step} of {trainer.max_steps}; {advice}")
         raise
-    module.ended = ending(trainer, planned)
-    if module.ended["why"] != PLANNED:
-        log.warning(f"training ended after step {module.ended['step']} of {planned}: {module.ended['why']}")
-    log_at_step(trainer, trainer.global_step)
-    trainer.save_checkpoint(folder / "final.ckpt")
+    if not finished:  # there was nothing to be trained
+        finish()
     wait_for_files(trainer)
     if getattr(trainer.strategy.checkpoint_io, "failed", None):
         raise RunError(f"no room for the final checkpoint in {folder}; free some and go on with ckpt_path=auto")
@@ -131,6 +140,13 @@ def log_at_step(trainer: L.Trainer, step: int, epoch: int | None = None) -> None
 
 
 class _FitLoop(_LightningFitLoop):
+    before_end: Callable[[], None]
+
+    def on_run_end(self) -> None:
+        """Writes the final checkpoint first: then what averages weights replaces those that training would go on with by the averages."""
+        self.before_end()
+        super().on_run_end()
+
     @property
     def done(self) -> bool:
         """Lightning's own leaves out the end of an epoch of which a checkpoint holds all steps, and with it a validation that is due."""

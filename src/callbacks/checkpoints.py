@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 
 class Checkpoints(ModelCheckpoint):
@@ -32,7 +33,19 @@ class Checkpoints(ModelCheckpoint):
         self._resumed = Path(str(trainer.ckpt_path)).resolve()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what was kept so far; in a folder that has moved, under its new name."""
+        """Takes what was kept so far; in a folder that has moved, under its new name.
+
+        Raises:
+            KeyError, ValueError: it holds something else than files and scores.
+        """
+        scores = [state_dict["best_model_score"], state_dict["current_score"], state_dict["kth_value"]]
+        for score in (*scores, *state_dict["best_k_models"].values()):
+            if score is not None and not (isinstance(score, Tensor) and score.numel() == 1):
+                raise ValueError("a checkpoint is kept by a score that is no number")
+        names = [state_dict[name] for name in ("dirpath", "best_model_path", "kth_best_model_path")]
+        names += [*state_dict["best_k_models"], state_dict.get("last_model_path", "")]
+        if not all(isinstance(name, str | None) for name in names):
+            raise ValueError("a checkpoint that is kept has no name")
         before, now = state_dict["dirpath"], self.dirpath
         if before != now and self._resumed is not None and self._resumed.parent == Path(str(now)).resolve():
             state_dict = {name: _moved(value, str(before), str(now)) for name, value in state_dict.items()}

@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from src.checkpoints.files import newest_whole
+from src.checkpoints.plain import is_filled, load_plain
 from src.config import ConfigError, RunError
 from src.files import part_of
 
@@ -206,11 +207,15 @@ class Guard(Callback):
         return {"history": history, "skipped": list(self.skipped), "leave_out": sorted(self.leave_out)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse; steps that are to be left out from now on are added to those before."""
-        for name, values in state_dict["history"].items():
-            self.history[name] = deque(values, maxlen=self.window)
-        self.skipped = list(state_dict["skipped"])
-        self.leave_out |= set(state_dict["leave_out"])
+        """The inverse; steps that are to be left out from now on are added to those before.
+
+        Raises:
+            KeyError, TypeError, ValueError: it holds something else.
+        """
+        for name in self.history:
+            self.history[name] = deque(map(float, state_dict["history"][name]), maxlen=self.window)
+        self.skipped = list(map(int, state_dict["skipped"]))
+        self.leave_out |= set(map(int, state_dict["leave_out"]))
 
 
 def _mean(values: deque[float]) -> float:
@@ -244,10 +249,10 @@ def replay(path: str | Path, net: Any) -> float:
 
 def _kept_batches(path: Path, net: Any) -> list[dict[str, Tensor]]:
     """The micro-batches that a file holds; ConfigError unless each is what the model can read."""
-    if not path.is_file():  # opening a pipe would wait for its other end
+    if not path.is_file():
         raise ConfigError(f"{path}: no batch that a guard has kept; there is no such file")
     try:
-        kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        kept = load_plain(path)
     except Exception as error:  # bytes that are no such file can mean anything
         why = (str(error).splitlines() or [""])[0][:200]
         raise ConfigError(
@@ -275,7 +280,7 @@ def _fault_of(batch: Any, vocab_size: int) -> str | None:
         value = batch.get(name)
         if value is None and name == "segments":
             continue
-        if not isinstance(value, Tensor) or value.dtype != kind or value.ndim != 2 or not _is_filled(value):
+        if not isinstance(value, Tensor) or value.dtype != kind or value.ndim != 2 or not is_filled(value):
             return f"{name!r} is no tensor [B, L] of {str(kind).removeprefix('torch.')}"
         if value.shape != batch["tokens"].shape:  # those of the tokens themselves come first
             return f"{name!r} has shape {list(value.shape)}, but 'tokens' {list(batch['tokens'].shape)}"
@@ -286,10 +291,3 @@ def _fault_of(batch: Any, vocab_size: int) -> str | None:
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
         return f"ids are {int(tokens.min())}..{int(tokens.max())}, those of the model 0..{vocab_size - 1}"
     return None
-
-
-def _is_filled(tensor: Tensor) -> bool:
-    """Whether each number lies in the file: strides can make a few bytes look like a thousand gigabytes."""
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from src.checkpoints.integrity import CHECKPOINT_FORMAT
+from src.checkpoints.plain import is_filled
 
+MOST_STEPS = 2**48
 MOST_PARTS = 1_000_000  # containers, names and values; an 8B model's optimizer has some ten thousand
 DEEPEST = 40
 
@@ -22,6 +22,9 @@ DEEPEST = 40
 _NEEDED = {"config": dict, "state_dict": dict, "global_step": int}
 _OPTIONAL = {"data": dict, "pending_metrics": dict, "validated": dict, "ended": dict, "seconds": float, "epoch": int}
 _OPTIONAL |= {"callbacks": dict, "loops": dict, "optimizer_states": list, "lr_schedulers": list, "continued": list}
+# Of a LambdaLR; the optimizer, an attribute too, is no part of it.
+_OF_SCHEDULES = {"base_lrs", "last_epoch", "verbose", "_step_count", "_last_lr", "_get_lr_called_within_step"}
+_OF_SCHEDULES |= {"lr_lambdas", "_get_lr_called_within_step", "_is_initial"}
 _WITHOUT_TENSORS = ("config", "data", "validated", "pending_metrics", "ended")
 
 
@@ -38,7 +41,7 @@ def check_contents(checkpoint: Any) -> None:
             f"it has checkpoint format {str(checkpoint.get('format'))[:50]!r}; this version reads {CHECKPOINT_FORMAT}"
         )
     for name, part in _parts(checkpoint):
-        if isinstance(part, Tensor) and not _is_filled(part):
+        if isinstance(part, Tensor) and not is_filled(part):
             raise ValueError(f"{name!r} is no plain tensor whose numbers lie in the file")
     for key, kind in (_NEEDED | _OPTIONAL).items():
         value = checkpoint.get(key)
@@ -47,10 +50,13 @@ def check_contents(checkpoint: Any) -> None:
         )
         if not right or isinstance(value, bool):
             raise ValueError(f"its {key!r} is a {type(value).__name__}")
-    if checkpoint["global_step"] < 0:
-        raise ValueError(f"its 'global_step' is {checkpoint['global_step']}")
+    if not 0 <= checkpoint["global_step"] < MOST_STEPS:
+        raise ValueError(f"its 'global_step' is {checkpoint['global_step']:.6g}")
+    if not 0 <= (checkpoint.get("seconds") or 0) < MOST_STEPS:
+        raise ValueError("its 'seconds' are no time")
     _check_kept(checkpoint)
     _check_optimizers(checkpoint)
+    _check_progress(checkpoint)
     _check_measured(checkpoint)
 
 
@@ -89,18 +95,8 @@ def _parts(node: Any) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"it has more than {MOST_PARTS:,} parts")
 
 
-def _is_filled(tensor: Tensor) -> bool:
-    """Whether every number of a tensor lies in the file: strides can make a few bytes look like a thousand gigabytes."""
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
 def _check_optimizers(checkpoint: dict[str, Any]) -> None:
-    """Schedules have numbers, and no function of theirs under its name; groups of parameters have rates that are numbers."""
-    for state in checkpoint.get("lr_schedulers") or []:
-        if not isinstance(state, dict) or any(callable(getattr(LambdaLR, str(key), None)) for key in state):
-            raise ValueError("the state of a schedule is none")
+    """Groups of parameters have rates that are numbers. (Whether tensors fit the parameters shows when those are there.)"""
     for state in checkpoint.get("optimizer_states") or []:
         groups = state.get("param_groups") if isinstance(state, dict) else None
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
@@ -109,6 +105,23 @@ def _check_optimizers(checkpoint: dict[str, Any]) -> None:
             for key in ("lr", "weight_decay", "eps"):
                 if key in group and type(group[key]) not in (int, float):
                     raise ValueError(f"an optimizer's {key!r} is a {type(group[key]).__name__}")
+
+
+def _check_progress(checkpoint: dict[str, Any]) -> None:
+    """Loops have counts, schedules numbers under their own names, and what a run was continued from are steps."""
+    for name, part in _parts(checkpoint.get("loops")):
+        whole = type(part) is int and 0 <= part < MOST_STEPS
+        if not (whole or part is None or isinstance(part, bool | dict | list)):
+            raise ValueError(f"its 'loops' hold {name!r}, which is no count")
+    for state in checkpoint.get("lr_schedulers") or []:
+        if not isinstance(state, dict) or not state.keys() <= _OF_SCHEDULES:
+            raise ValueError("the state of a schedule is none")
+        for name, part in _parts(state):
+            if not isinstance(part, int | float | bool | dict | list | None):
+                raise ValueError(f"the state of a schedule has {name!r}, which is no number")
+    for note in checkpoint.get("continued") or []:
+        if not isinstance(note, dict) or not all(type(value) in (int, type(None)) for value in note.values()):
+            raise ValueError("its 'continued' are no steps")
 
 
 def _check_measured(checkpoint: dict[str, Any]) -> None:

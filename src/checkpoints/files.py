@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 
 from src.build import model_from_config
 from src.checkpoints.contents import check_contents
-from src.checkpoints.integrity import PREFIX, damage, refuse_compressed, step_of
+from src.checkpoints.integrity import PREFIX, damage, step_of
+from src.checkpoints.plain import load_plain
 from src.checkpoints.sharded import META, check_shards, is_sharded, read_metadata, read_shards
 from src.components.backbone import Backbone
 from src.config import ConfigError
@@ -48,14 +49,11 @@ def read_checkpoint(path: str | Path, *, tensors: Tensors = "all") -> dict[str, 
 def _opened(path: Path, tensors: Tensors) -> dict[str, Any]:
     try:
         if not is_sharded(path):
-            refuse_compressed(path)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = load_plain(path)
         elif tensors == "none":
             read_metadata(path)
-            refuse_compressed(path / META)
-            checkpoint = torch.load(path / META, weights_only=True) | {"state_dict": {}}
+            checkpoint = load_plain(path / META) | {"state_dict": {}}
         else:
-            refuse_compressed(path / META)
             checkpoint = read_shards(path, optimizer=tensors == "all")
     except Exception as error:  # bytes that are no checkpoint can mean anything
         raise CheckpointError(
@@ -72,12 +70,8 @@ def _opened(path: Path, tensors: Tensors) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     text = printable(str(error).strip())
-    if foreign := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", text):
-        return f"it holds a pickled object, {foreign[1]}, which could run code"
     if isinstance(error, pickle.UnpicklingError) and text.startswith("Weights only load failed"):
         return "it holds more than plain data (weights_only=True refuses it)"
-    if "mmap can only be used" in text:
-        return "it is not a checkpoint"
     return text.split("\\n")[0] if text else type(error).__name__
 
 
@@ -122,7 +116,10 @@ def newest_first(folder: Path) -> list[Path]:
     """
     rank = {"final.ckpt": 0, "last.ckpt": 2}
     numbered = (path for path in folder.glob("step*.ckpt") if step_of(path) >= 0)
-    there = {path.resolve(): path for path in (folder / "last.ckpt", *numbered, folder / "final.ckpt") if path.exists()}
+    named = (folder / "last.ckpt", *numbered, folder / "final.ckpt")
+    there = {
+        os.path.realpath(path): path for path in named if path.is_file() or path.is_dir()
+    }  # who opens a pipe waits for its other end
     return sorted(there.values(), key=lambda path: (-_recorded_step(path), rank.get(path.name, 1), path.name))
 
 

@@ -10,6 +10,8 @@ import re
 import zipfile
 from pathlib import Path
 
+from src.checkpoints.plain import refuse_compressed
+
 CHECKPOINT_FORMAT = 1
 PREFIX = "net."  # of the model's weights in a state_dict
 CHECKSUM = ".sha256"
@@ -38,19 +40,6 @@ def _damaged_file(path: Path) -> str | None:
     except Exception as error:  # a changed bit of the directory may mean anything: another compression, a password, a name in no alphabet
         return f"its {path.stat().st_size:,} bytes are cut off, changed or no checkpoint at all ({error})"
     return None if broken is None else f"its part {broken} has changed (CRC-32)"
-
-
-def refuse_compressed(path: Path) -> None:
-    """Raises a ValueError for an archive that would unpack to more than it is: checkpoints are stored as they are."""
-    if not zipfile.is_zipfile(path):
-        return  # which PyTorch has words of its own for
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if (
-        any(e.compress_type != zipfile.ZIP_STORED for e in entries)
-        or sum(e.file_size for e in entries) > path.stat().st_size
-    ):
-        raise ValueError("it is a compressed archive, which no checkpoint of this project is")
 
 
 def _damaged_folder(path: Path) -> str | None:

@@ -25,6 +25,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from src.checkpoints.integrity import CHECKSUM
+from src.checkpoints.plain import load_plain
 from src.checkpoints.sharded import is_sharded, read_shards
 from src.files import part_of, write_text
 
@@ -78,7 +79,7 @@ class CheckpointFiles(CheckpointIO):
         """Opens a checkpoint, one of shards too, as plain data, whatever ``weights_only`` says."""
         if is_sharded(Path(path)):
             return read_shards(Path(path))
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=True)
+        return load_plain(Path(path))
 
     def wait(self) -> None:
         """Returns when everything is on the disk.

@@ -150,6 +150,46 @@ def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], pat
         )
 
 
+def recut(checkpoint: dict[str, Any], micro: int) -> None:
+    """Counts the batches of a checkpoint as micro-batches of another size: a step ends after every ``micro`` of them.
+
+    Lightning counts micro-batches, and takes the count over: after five steps of one it would take the first step of four to have had
+    one already.
+
+    Args:
+        checkpoint: of which ``loops`` are changed.
+        micro: micro-batches a step from now on.
+
+    Raises:
+        ValueError: its batches are not those of its steps.
+    """
+    progress = (checkpoint.get("loops") or {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    steps = checkpoint["global_step"]
+    if not steps or progress is None:
+        return
+    before, rest = divmod(progress["total"]["ready"], steps)
+    if rest or not before:
+        raise ValueError(f"it counts {progress['total']['ready']} batches for {steps} steps")
+    for count in (progress["total"], progress["current"]):
+        # What is behind the others by one is so for a reason: the checkpoint was written while a batch was being ended.
+        behind = {name: count["ready"] - value for name, value in count.items()}
+        ready = count["ready"] // before * micro
+        count.update({name: ready - by for name, by in behind.items()})
+
+
+def check_states(checkpoint: dict[str, Any], callbacks: list[Any]) -> None:
+    """Raises a ValueError when the state of a callback is of other kinds than the callback's own: it may come from anybody."""
+    for callback in callbacks:
+        own, theirs = callback.state_dict(), (checkpoint.get("callbacks") or {}).get(callback.state_key)
+        if theirs is None:
+            continue
+        for name, value in own.items() if isinstance(theirs, dict) else [("", {})]:
+            given = theirs.get(name) if isinstance(theirs, dict) else theirs
+            kinds = (int, float) if isinstance(value, float) else type(value)
+            if value is not None and given is not None and not isinstance(given, kinds):
+                raise ValueError(f"the state of {type(callback).__name__} has {name!r} of type {type(given).__name__}")
+
+
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Every key whose values differ in what they compute, with both; an argument left out is one at its default.
 

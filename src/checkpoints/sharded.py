@@ -20,7 +20,7 @@ import pickle
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from src.build import model_from_config
 from src.checkpoints.integrity import PREFIX, SUMS, sha256
 from src.checkpoints.optimizer_state import named, numbered
+from src.checkpoints.plain import check_plain, load_plain
 from src.config import instantiate
 from src.files import PART
 
@@ -58,9 +59,9 @@ _TYPES = {
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("torch", "Size"),
-    # Where a checkpoint lay when it was written; what is made of them is thrown away.
-    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }
+# Where a checkpoint lay when it was written: of no use, and a path of paths of paths would be as long as one likes.
+_PATHS = {(module, "PosixPath") for module in ("pathlib", "pathlib._local")}
 _FILLED = (Metadata, MetadataIndex, StorageMeta, TensorProperties, _StorageInfo)
 _FILLED += (TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata)
 _SHARD = re.compile(r"[\w-]+\.distcp")
@@ -78,6 +79,8 @@ class _Descriptions(pickle._Unpickler):  # the one in Python, whose steps can be
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) == ("torch.serialization", "_get_layout"):
             return _layout
+        if (module_name, global_name) in _PATHS:
+            return _nothing
         dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
         if dtype or (module_name, global_name) in _TYPES:
             return super().find_class(module_name, global_name)
@@ -116,6 +119,10 @@ class _Descriptions(pickle._Unpickler):  # the one in Python, whose steps can be
 def _check_key(key: Any) -> None:
     if type(key) is not str:
         _index(key)
+
+
+def _nothing(*_: Any) -> None:
+    """In place of a path."""
 
 
 def _layout(name: str) -> torch.layout:
@@ -159,15 +166,19 @@ def _checked_description(found: Any, folder: Path) -> Metadata:
         raise pickle.UnpicklingError(f"{METADATA} is no description of shards")
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.distcp") if path.is_file()}
     places = {_index(index): _place(place, folder, sizes) for index, place in found.storage_data.items()}
+    _check_apart(places.values())
     bytes_of: dict[str, int] = {}
     for index, place in places.items():
         bytes_of[index.fqn] = bytes_of.get(index.fqn, 0) + place.length
+    pieces = 0
     entries: dict[str, Any] = {}
     for name, entry in found.state_dict_metadata.items():
         if type(name) is not str:
             raise pickle.UnpicklingError(f"{METADATA} has a name that is none")
         if type(entry) is TensorStorageMetadata:
-            entries[name] = _tensor(name, entry, bytes_of.get(name, 0))
+            # Each piece has its place in a file, so there cannot be more of them; and a list may stand for many of them.
+            entries[name] = _tensor(name, entry, bytes_of.get(name, 0), len(places) - pieces)
+            pieces += len(entries[name].chunks)
         elif type(entry) is BytesStorageMetadata and name.startswith(OPTIMIZER):
             entries[name] = BytesStorageMetadata()
         else:
@@ -197,10 +208,21 @@ def _place(place: Any, folder: Path, sizes: dict[str, int]) -> _StorageInfo:
     return _StorageInfo(name, offset, length)
 
 
-def _tensor(name: str, entry: TensorStorageMetadata, there: int) -> TensorStorageMetadata:
+def _check_apart(places: Iterable[_StorageInfo]) -> None:
+    """The same bytes again and again would be a tensor of any size."""
+    ends: dict[str, int] = {}
+    for place in sorted(places, key=lambda place: (place.relative_path, place.offset, place.length)):
+        if place.offset < ends.get(place.relative_path, 0):
+            raise pickle.UnpicklingError(f"{METADATA} reads the same bytes of {place.relative_path} more than once")
+        ends[place.relative_path] = place.offset + place.length
+
+
+def _tensor(name: str, entry: TensorStorageMetadata, there: int, pieces: int) -> TensorStorageMetadata:
     size, dtype = _sizes(entry.size), entry.properties.dtype
     if not isinstance(dtype, torch.dtype) or math.prod(size) * dtype.itemsize > there:
         raise pickle.UnpicklingError(f"{METADATA} describes more of {name!r} than the shards hold")
+    if type(entry.chunks) is not list or len(entry.chunks) > pieces:
+        raise pickle.UnpicklingError(f"{METADATA} describes {name!r} in more pieces than there are")
     chunks = [ChunkStorageMetadata(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in entry.chunks]
     if sum(math.prod(chunk.sizes) for chunk in chunks) > math.prod(size):
         raise pickle.UnpicklingError(f"{METADATA} describes {name!r} more than once")
@@ -243,6 +265,13 @@ class _Reader(FileSystemReader):
         """The checked one, whichever is asked for."""
         return self._description
 
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> Any:
+        """The piece of a file that is read next, in memory: DCP's own view of it cannot be moved about in as a ZIP archive wants."""
+        file.seek(sinfo.offset)
+        piece = io.BytesIO(file.read(sinfo.length))
+        check_plain(piece)
+        return piece
+
 
 class _PlainValues(DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
@@ -265,7 +294,7 @@ def plain_value(value: io.BytesIO, name: str) -> Any:
     """
     if not name.startswith(OPTIMIZER):
         raise pickle.UnpicklingError(f"{name!r} is no tensor and may be a pickled object")
-    return torch.load(value, weights_only=True)
+    return load_plain(value)
 
 
 def check_shards(folder: Path, *, tensors: bool = True) -> None:
@@ -282,9 +311,9 @@ def check_shards(folder: Path, *, tensors: bool = True) -> None:
     for name, is_tensor, piece in _pieces(folder, description, tensors):
         if not is_tensor:
             plain_value(piece, name)
-        elif not isinstance(torch.load(piece, map_location="cpu", weights_only=True), torch.Tensor):
+        elif not isinstance(load_plain(piece), torch.Tensor):
             raise pickle.UnpicklingError(f"{name!r} is no tensor")
-    torch.load(folder / META, map_location="cpu", weights_only=True)
+    load_plain(folder / META)
 
 
 def _pieces(folder: Path, description: Metadata, tensors: bool) -> Iterator[tuple[str, bool, io.BytesIO]]:
@@ -330,7 +359,7 @@ def read_shards(folder: Path, *, optimizer: bool = True) -> dict[str, Any]:
     state: dict[str, Any] = {}
     with _dcp_errors():
         _load_state_dict(state, storage_reader=_Reader(folder, description), planner=_Planner(keys=keys), no_dist=True)
-    found = dict(torch.load(folder / META, map_location="cpu", weights_only=True))
+    found = dict(load_plain(folder / META))
     found[WEIGHTS] = state[WEIGHTS]
     optimizers = sorted(key for key in state if key.startswith(OPTIMIZER))
     if optimizers:

@@ -228,6 +228,11 @@ class Cache:
                 raise TypeError("num_tokens is neither a number from 0 nor one for each row")
             blocks: list[State] = [{} for _ in range(depth)]
             for name, value in stored.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.numel() * value.element_size() > value.untyped_storage().nbytes()
+                ):
+                    raise ValueError(f"{name!r:.200} is a view of less than it shows")
                 if name not in ("num_blocks", "num_tokens"):
                     block, *path = name.split(".")
                     _insert(blocks[_block_number(block)], path, value)

@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.checkpoints.integrity import CHECKPOINT_FORMAT
+from src.checkpoints.resume import check_states, recut
 from src.components.backbone import Backbone
 from src.config import RunError
 from src.datamodules.stream import reads_alone
 from src.evaluation.evaluators import Evaluator
 from src.modules.losses import NextTokenLoss
+from src.modules.optimizers import check_loaded
 from src.modules.parallel import lay_out
 from src.reporting.csv_log import CSVLog
 
@@ -90,7 +92,7 @@ class LanguageModel(L.LightningModule):
         self.continued_here: list[dict[str, int]] = []
         # How training ended, once it has: see ``fit.ending``.
         self.ended: dict[str, Any] | None = None
-        # Whether what a checkpoint held has been taken over and training has begun.
+        # Whether a step has been trained since what a checkpoint held was taken over.
         self.began = False
         self._configured = False
         self._step_metrics: list[dict[str, Tensor]] = []
@@ -128,6 +130,7 @@ class LanguageModel(L.LightningModule):
         if self.build_optimizer is None or schedule is None:
             raise RuntimeError("this module was built to be scored: training needs an optimizer and a schedule")
         optimizer = self.build_optimizer(self.net.named_parameters())
+        optimizer.register_load_state_dict_pre_hook(check_loaded)
         # A function rather than the schedule itself, whose attributes LambdaLR would write into every checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step))  # noqa: PLW0108
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -158,6 +161,22 @@ class LanguageModel(L.LightningModule):
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self._log_step()
         return mean
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """What a checkpoint held has been of use for a batch, and wherever it was for a step."""
+        self.began = self.began or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
+    def _follow_schedule(self) -> None:
+        """Sets the rates of the next step: those in a checkpoint may follow the schedule of a shorter run."""
+        step = self.trainer.global_step
+        for scheduler in [config.scheduler for config in self.trainer.lr_scheduler_configs]:
+            assert isinstance(scheduler, LambdaLR)
+            scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+            scheduler.last_epoch = step
+            for group, base, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(step)
 
     def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Loss and number of right predictions, summed over the targets of a micro-batch."""
@@ -190,9 +209,16 @@ class LanguageModel(L.LightningModule):
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only norm is supported")
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(
+                optimizer
+            )  # Lightning leaves it to the fused optimizer's step, which comes too late for the norm
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        for callback in self.guards:
+        # The first steps in float16 overflow until its scale is found: the scaler leaves them out.
+        scaling = scaler is not None and not bool(norm.isfinite())
+        for callback in [] if scaling else self.guards:
             callback.before_update(self.trainer, optimizer, self._loss_of_step, norm)
         if is_log_step(self.trainer, self.trainer.global_step + 1):
             self.log("train/grad_norm", norm)
@@ -278,7 +304,13 @@ class LanguageModel(L.LightningModule):
         return {name: float(value) for name, value in logged if name.startswith("train/")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remembers what the last step before has logged."""
+        """Remembers what the last step before has logged.
+
+        Raises:
+            ValueError: states in the checkpoint are not those of this trainer's parts.
+        """
+        check_states(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
+        recut(checkpoint, self.trainer.accumulate_grad_batches)
         self._unwritten = (checkpoint["global_step"] - 1, checkpoint.get("pending_metrics") or {})
         self._epoch = checkpoint["epoch"]
         self.seconds_before = checkpoint.get("seconds") or 0.0
@@ -294,7 +326,8 @@ class LanguageModel(L.LightningModule):
         Only where the run goes on in its own folder; another one begins with what is new.
         """
         (step, metrics), self._unwritten = self._unwritten, (-1, {})
-        self.ended, self.began = None, True
+        self.ended = None
+        self._follow_schedule()
         if self.trainer.ckpt_path is not None:
             # Steps are counted in several places of a checkpoint; where they disagree, training might never end.
             begun = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.ready

@@ -4,9 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_REDUCED = ("row_var", "col_var", "variance")  # of Adafactor, which keeps sums over rows and columns
+
+
+def check_loaded(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """What of a stored state an optimizer takes over: tensors of the shapes of its parameters, and no settings.
+
+    For ``register_load_state_dict_pre_hook``. A fused kernel goes through as many numbers of a moment as its parameter has, whether
+    they are there or not; and rates and decays are those of this run, whose equality with the other's has been compared.
+
+    Raises:
+        ValueError: the state is that of other parameters.
+    """
+    groups, own = state["param_groups"], optimizer.param_groups
+    parameters = [parameter for group in own for parameter in group["params"]]
+    numbers = [number for group in groups for number in group["params"]]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
+        raise ValueError("the optimizer's groups have other numbers of parameters")
+    of = dict(zip(numbers, parameters, strict=True))
+    for number, moments in state["state"].items():
+        for name, value in moments.items():
+            right = value is None or (
+                isinstance(value, Tensor)
+                and number in of
+                and (value.ndim == 0 if name == "step" else name in _REDUCED or value.shape == of[number].shape)
+            )
+            if not right and not (name == "step" and type(value) in (int, float)):
+                raise ValueError(f"the optimizer's {str(name)[:50]!r} is not of the shape of its parameter")
+    kept = [{key: value for key, value in group.items() if key != "params"} for group in own]
+    return state | {
+        "param_groups": [settings | {"params": group["params"]} for settings, group in zip(kept, groups, strict=True)]
+    }
 
 
 class AdamW(torch.optim.AdamW):

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from src.checkpoints.integrity import SUMS
 from src.checkpoints.optimizer_state import named, numbered
+from src.checkpoints.plain import load_plain
 from src.checkpoints.sharded import META, METADATA, OPTIMIZER, WEIGHTS, checksums, restore
 from src.config import ConfigError, RunError
 from src.files import PART
@@ -190,4 +191,4 @@ class Fsdp2(ModelParallelStrategy):
             restore(state, folder)
             options = StateDictOptions(cpu_offload=True)
             set_optimizer_state_dict(self.model, optimizer, state[f"{OPTIMIZER}{number}"], options=options)
-        return torch.load(folder / META, map_location="cpu", weights_only=True)
+        return load_plain(folder / META)
