@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.compose import CONFIG_DIR, compose_config
 from src.config import ConfigError, RunError
 from src.config.errors import printable
+from src.files import strange_in
 from src.overrides import first_misspelt_key, unreadable_override
 
 _USERS_MISTAKES = (
@@ -53,6 +54,8 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
             result = job(config)
         except Exception as error:
             status = status_of(error)
+            if status == 2:
+                written_before.restore()
             if status is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             fail(str(error), status)
@@ -64,8 +67,9 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     sys.argv[1:] = arguments = [at_home(argument) for argument in sys.argv[1:]]
     flags = {argument for argument in arguments if argument.startswith("-")}
     overrides = [argument for argument in arguments if argument not in flags]
+    written_before = _HydrasFiles()
     if not flags:
-        explain_overrides(config_name, overrides)
+        written_before.keep(explain_overrides(config_name, overrides))
     elif flags <= {"-m", "--multirun"} and (message := first_misspelt_key(config_name, overrides)):
         fail(message)
     guarded.__module__ = "__main__"
@@ -190,10 +194,27 @@ def outlive_output() -> None:
     logging.setLogRecordFactory(one_line)
 
 
-def explain_overrides(config_name: str, overrides: list[str]) -> None:
+class _HydrasFiles:
+    """What ``.hydra`` in a run's folder says of the run: Hydra writes over it before anybody can refuse to go on with it."""
+
+    def __init__(self) -> None:
+        self._contents: dict[Path, bytes] = {}
+
+    def keep(self, folder: Path | None) -> None:
+        """Remembers them."""
+        if folder is not None:
+            self._contents = {path: path.read_bytes() for path in (folder / ".hydra").glob("*.yaml")}
+
+    def restore(self) -> None:
+        """Puts them back."""
+        for path, content in self._contents.items():
+            path.write_bytes(content)
+
+
+def explain_overrides(config_name: str, overrides: list[str]) -> Path | None:
     """Composes once ahead of Hydra, because its own message for a misspelt key does not say which keys exist.
 
-    And looks at the folder that Hydra is about to write into.
+    And looks at the folder that Hydra is about to write into, which is returned where it is known.
     """
     try:
         config = compose_config(overrides, config_name, return_hydra_config=True)
@@ -201,39 +222,26 @@ def explain_overrides(config_name: str, overrides: list[str]) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         fail(unreadable_override(overrides) or first_misspelt_key(config_name, overrides) or str(error))
-    else:
-        check_folder(config)
+    return check_folder(config)
 
 
-def foreign_link(folder: Path) -> Path | None:
-    """The first link in a run's folder, or one level below it, that leads out of the folder: it may have come from elsewhere."""
-    if not folder.is_dir():
-        return None
-    for path in (p for pattern in ("*", ".*", "*/*", ".*/*") for p in folder.glob(pattern)):
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            return path
-    return None
-
-
-def check_folder(config: DictConfig) -> None:
+def check_folder(config: DictConfig) -> Path | None:
     """Ends the process with a message if a run's folder cannot be written, or a test would write over the record of training."""
     try:
         folder = Path(config.hydra.run.dir).absolute()
     except OmegaConfBaseException:  # it depends on what only Hydra knows
-        return
+        return None
     if config.get("train") is False and (folder / "checkpoints").is_dir() and (folder / "run.json").exists():
         fail(
             f"train=false: {folder} holds the record of a run, which a test would overwrite; choose another hydra.run.dir, or score it "
             f"with python src/evaluate.py ckpt_path={folder}"
         )
-    if (link := foreign_link(folder)) is not None:
-        fail(
-            f"hydra.run.dir={folder}: {link.name!r} in it is a link to {str(link.readlink())!r}; what is written there would be "
-            "written elsewhere. Remove the link, or choose another folder"
-        )
+    if (strange := strange_in(folder)) is not None:
+        fail(f"hydra.run.dir={folder}: {strange}. Remove it, or choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
         fail(f"hydra.run.dir={folder} cannot be written: {error.strerror}", status_of(error) or 1)
+    return folder

@@ -54,14 +54,40 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def put_aside(path: Path) -> Path:
-    """Renames a file that cannot be used to ``<name>.damaged``, with a number if there are several; returns the new path."""
-    aside = path.with_name(f"{path.name}.damaged")
+def put_aside(path: Path, why: str = "damaged") -> Path:
+    """Renames a file that cannot be used to ``<name>.<why>``, with a number if there are several; returns the new path."""
+    aside = path.with_name(f"{path.name}.{why}")
     number = 2
     while aside.exists():
-        aside = path.with_name(f"{path.name}.damaged.{number}")
+        aside = path.with_name(f"{path.name}.{why}.{number}")
         number += 1
     return path.rename(aside)
+
+
+def strange_in(folder: Path) -> str | None:
+    """What in a run's folder, at any depth, must not be written to or waited for: it may have come from elsewhere.
+
+    Args:
+        folder: of a run; it need not exist.
+
+    Returns:
+        In words, the first link that leads out of the folder, or the first pipe, socket or device; None if there is none.
+    """
+    home = os.path.realpath(folder)
+    waiting = [home] if os.path.isdir(home) else []
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name = os.path.relpath(entry.path, home)
+                if entry.is_symlink():
+                    # A link in a circle leads nowhere, and nothing can be written through it.
+                    if os.path.commonpath([home, os.path.realpath(entry.path)]) != home:
+                        return f"{name!r} in it is a link to {os.readlink(entry.path)!r}; what is written there would be written elsewhere"
+                elif entry.is_dir():
+                    waiting.append(entry.path)
+                elif not entry.is_file():
+                    return f"{name!r} in it is a pipe, a socket or a device, and no file"
+    return None
 
 
 class Lock:

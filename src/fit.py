@@ -71,6 +71,8 @@ def fit(
         raise
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
         if checkpoint is None or module.began:
+            if checkpoint is not None and trainer.global_step == module.began_at:
+                error.add_note(f"This was the first step after {checkpoint}, and may be the fault of what that holds.")
             raise
         # It was whole, and yet the states in it are not those of this trainer's parts.
         raise RunError(

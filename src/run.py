@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.evaluation.evaluators import lower_is_better
 from src.evaluation.statistics import intervals
-from src.files import Lock, remove_parts, write_text
+from src.files import Lock, put_aside, remove_parts, strange_in, write_text
 from src.fit import PLANNED, fit, log_at_step
 from src.modules.language_model import LanguageModel
 from src.modules.parallel import may_be_deferred
@@ -63,6 +64,7 @@ def run(config: DictConfig) -> dict[str, float]:
     plain = checked(config)
     check_machine(plain)
     output_dir, identity = Path(plain["paths"]["output_dir"]), experiment_hash(plain)
+    refuse_strange(output_dir)
     with at_once(), alone_in(output_dir):
         refuse_to_test_in_a_runs_folder(plain, output_dir)
         if plain["ckpt_path"] == "auto" and (earlier := finished_before(plain, identity, output_dir)) is not None:
@@ -71,7 +73,15 @@ def run(config: DictConfig) -> dict[str, float]:
         checkpoint = None if resumed is None else str(resumed)
         if plain["train"]:
             refuse_foreign_checkpoints(output_dir, checkpoint)
+            if checkpoint is None:
+                begin_records(output_dir)
         return _recorded(plain, identity, output_dir, checkpoint)
+
+
+def refuse_strange(output_dir: Path) -> None:
+    """Raises a ConfigError when what a run writes into its folder would be written elsewhere, or waited for."""
+    if rank_zero_only.rank == 0 and (strange := strange_in(output_dir)) is not None:
+        raise ConfigError(f"{output_dir}: {strange}. Remove it, or choose another hydra.run.dir")
 
 
 def refuse_to_test_in_a_runs_folder(plain: dict[str, Any], output_dir: Path) -> None:
@@ -183,8 +193,10 @@ def _run(
             log_at_step(trainer, opened["global_step"], opened.get("epoch"))
         trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
         metrics = dict(trainer.callback_metrics)
-    elif over:
+    elif over and opened is not None:
         module.on_load_checkpoint(read_checkpoint(str(checkpoint), tensors="none"))
+    if over and opened is not None:
+        recall_speed(trainer, opened)
     if over and opened is not None and is_scored_otherwise(opened, plain):
         trainer.validate(module, datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
         module.validated_step = opened["global_step"]
@@ -198,6 +210,13 @@ def _run(
     seconds = time.perf_counter() - started + (module.seconds_before if plain["train"] else 0.0)
     record(output_dir, plain["name"], identity, steps, module, datamodule, trainer, result, seconds)
     return result
+
+
+def recall_speed(trainer: L.Trainer, opened: dict[str, Any]) -> None:
+    """A run that is only tested was as fast as its checkpoint says; Lightning restores callbacks for training alone."""
+    for clock in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(clock, Throughput) and clock.state_key in opened["callbacks"]:
+            clock.load_state_dict(opened["callbacks"][clock.state_key])
 
 
 def take_up(
@@ -324,6 +343,15 @@ def refuse_foreign_checkpoints(output_dir: Path, checkpoint: str | None) -> None
         )
 
 
+def begin_records(output_dir: Path) -> None:
+    """A run from the start has no earlier curve: what another one has left in its folder, without checkpoints, is put aside."""
+    curve = output_dir / "csv" / "metrics.csv"
+    if rank_zero_only.rank == 0 and curve.exists():
+        log.warning(
+            f"{curve} is of an earlier run, of which there is no checkpoint; it is kept as {put_aside(curve, 'earlier').name}"
+        )
+
+
 def _is_in(checkpoint: str, output_dir: Path) -> bool:
     return Path(checkpoint).resolve().parent == (output_dir / "checkpoints").resolve()
 
@@ -419,7 +447,8 @@ def record(
     Results of another configuration, a shorter run that this one has continued say, stay under another name.
     """
     net, tokens = module.net, steps * datamodule.batch_size * datamodule.window
-    flops = net.flops_per_token(datamodule.window - 1)
+    # A window's last token is predicted, and not read.
+    flops, read = net.flops_per_token(datamodule.window - 1), steps * datamodule.batch_size * (datamodule.window - 1)
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     clock = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
     result = {
@@ -434,7 +463,7 @@ def record(
         "ended": module.ended,
         "continued": module.continued,
         "tokens": tokens,
-        "training_flops": 3 * flops * tokens,
+        "training_flops": 3 * flops * read,
         "tokens_per_second": clock.rate if clock else None,
         "mfu": clock.mfu if clock else None,
         "data_wait": clock.data_wait if clock else None,
@@ -448,5 +477,6 @@ def record(
     path = output_dir / "results.json"
     before = Run(output_dir).results.get("config_hash")
     if before is not None and before != identity:
-        path.rename(output_dir / f"results-{before}.json")
+        # What another has written there is a name only if it looks like one.
+        path.rename(output_dir / f"results-{before if re.fullmatch('[0-9a-f]{1,64}', before) else 'other'}.json")
     write_json(path, result)

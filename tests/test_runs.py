@@ -336,7 +336,7 @@ def test_resuming_with_another_recipe_is_refused(tmp_path, straight, override, n
 
 def test_more_steps_than_planned_are_said(tmp_path, straight, caplog):
     tiny_run(tmp_path, CANON, "trainer.max_steps=8", f"ckpt_path={straight[0]}/checkpoints/final.ckpt")
-    assert "resuming a run of 6 steps as one of 8" in caplog.text
+    assert "resuming a run whose schedule was one of 6 steps with one of 8" in caplog.text
     assert results(tmp_path)["steps"] == 8
 
 

@@ -156,7 +156,9 @@ class Guard(Callback):
             log.warning(f"step {step}: {why}; its update is left out; {kept}")
             self._skip(step, optimizer, why)
         else:
-            whole = newest_whole(self.folder / "checkpoints", below=step) if trainer.is_global_zero else None
+            whole = (
+                newest_whole(self.folder / "checkpoints", below=step - self.margin) if trainer.is_global_zero else None
+            )
             path = trainer.strategy.broadcast(None if whole is None else str(whole))
             if action == "rollback" and path is not None:
                 wanted = self.leave_out | set(range(step - self.margin, step + self.margin + 1))
@@ -164,7 +166,12 @@ class Guard(Callback):
                     log.warning(f"step {step}: {why}; back to {path}; {kept}")
                     raise RollBack(Path(path), wanted)
                 why += f"; rolled back too often (callbacks.guard.limit={self.limit})"
-            how = f"go on with ckpt_path={path}" if path else "there is no checkpoint from before"
+            how = (
+                f"go on with ckpt_path={path}"
+                if path
+                else "there is no checkpoint from before"
+                + (f" that is {self.margin} steps older (callbacks.guard.margin)" if self.margin else "")
+            )
             raise BadStep(
                 f"step {step}: {why}. The update was not made; {kept}; {how}, and with "
                 "callbacks.guard.nonfinite=skip (or spike=skip) to leave such steps out"

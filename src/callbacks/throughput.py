@@ -49,8 +49,10 @@ def peak_flops(device: torch.device) -> float | None:
 class Throughput(Callback):
     """See the head of this file.
 
-    Counts every token that the model read, window by window, whether or not its loss counts. ``rate`` is that of the whole run, its
-    first logging interval (compilation, warm-up) left out if there is another; ``mfu`` and ``data_wait`` likewise.
+    Counts every token that the model read (a window's last is only predicted), whether or not its loss counts. ``rate`` is that of the
+    whole run, interruptions included; of each attempt the first logging interval (compilation, warm-up) is left out if there is another.
+    ``mfu`` and ``data_wait`` likewise. FLOPs are those of a forward pass with logits for every token; where only some are predicted,
+    fewer are computed (a tenth fewer on small synthetic tasks), so ``mfu`` is an upper bound there.
 
     Args:
         peak: operations per second of one device; None for what is known of it, and no utilisation if nothing is.
@@ -62,6 +64,7 @@ class Throughput(Callback):
         self.peak = peak
         self.tokens, self.seconds, self.waited, self.started, self.ended = 0, 0.0, 0.0, 0.0, 0.0
         self.intervals: list[tuple[int, float, float]] = []  # tokens of all ranks, seconds, of them waiting for data
+        self._before = (0, 0.0, 0.0)  # the same of earlier attempts, in all
         self._operations = 0.0  # per token and device-peak second, of the latest run
 
     @property
@@ -82,8 +85,20 @@ class Throughput(Callback):
         return waited / seconds if seconds else None
 
     def _counted(self) -> tuple[int, float, float]:
-        counted = self.intervals[1:] or self.intervals
+        counted = [self._before, *self.intervals[1:]]
+        if not any(tokens for tokens, _, _ in counted):
+            counted = self.intervals
         return sum(c[0] for c in counted), sum(c[1] for c in counted), sum(c[2] for c in counted)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted so far."""
+        tokens, seconds, waited = self._counted()
+        return {"tokens": tokens, "seconds": seconds, "waited": waited, "operations": self._operations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse; counting goes on from there."""
+        self._before = (int(state_dict["tokens"]), float(state_dict["seconds"]), float(state_dict["waited"]))
+        self._operations = float(state_dict["operations"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learns what a token costs."""
@@ -106,7 +121,7 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts, and logs at the trainer's logging interval."""
-        self.tokens += batch["tokens"].numel()
+        self.tokens += batch["tokens"][:, 1:].numel()
         self.ended = time.perf_counter()
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not is_log_step(trainer, trainer.global_step):
             return

@@ -22,6 +22,7 @@ DEEPEST = 40
 _NEEDED = {"config": dict, "state_dict": dict, "global_step": int}
 _OPTIONAL = {"data": dict, "pending_metrics": dict, "validated": dict, "ended": dict, "seconds": float, "epoch": int}
 _OPTIONAL |= {"callbacks": dict, "loops": dict, "optimizer_states": list, "lr_schedulers": list, "continued": list}
+_OPTIONAL |= {"shares": int}
 # Of a LambdaLR; the optimizer, an attribute too, is no part of it.
 _OF_SCHEDULES = {"base_lrs", "last_epoch", "verbose", "_step_count", "_last_lr", "_get_lr_called_within_step"}
 _OF_SCHEDULES |= {"lr_lambdas", "_get_lr_called_within_step", "_is_initial"}

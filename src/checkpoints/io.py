@@ -155,6 +155,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         # The old checksum goes first: no file ever stands beside that of another, and one without any is verified by its own CRCs.
         checksum.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():  # of shards, as another strategy has written it
+            shutil.rmtree(path)
         os.replace(part, path)
         write_text(checksum, f"{hashed.digest}  {path.name}\n")
         _sync_folder(path.parent)

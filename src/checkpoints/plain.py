@@ -12,6 +12,7 @@ import pickle
 import pickletools
 import zipfile
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +161,35 @@ def refuse_compressed(source: Any) -> None:
     """
     if not zipfile.is_zipfile(source):
         return  # which PyTorch has words of its own for
-    with zipfile.ZipFile(source) as archive:
-        entries = archive.infolist()
-    size = source.stat().st_size if isinstance(source, Path) else source.seek(0, io.SEEK_END)
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        size = file.seek(0, io.SEEK_END)
+        _check_directory(file, size)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not stored or sum(entry.file_size for entry in entries) > size:
         raise ValueError("it is a compressed archive, which no checkpoint of this project is")
+    if len({entry.filename.lower() for entry in entries}) < len(entries):
+        raise ValueError("it is an archive with two entries of one name")
+
+
+_END, _END_64, _PLACE_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
+
+
+def _check_directory(file: Any, size: int) -> None:
+    """Raises a ValueError for an archive in which two readers could find two directories: the one that is looked at here, and another."""
+    file.seek(max(size - 98, 0))
+    tail = file.read().rjust(98)
+    end, place, end_64 = tail[76:], tail[56:76], tail[:56]
+    start, length = size - 22, int.from_bytes(end[12:16], "little")
+    first = int.from_bytes(end[16:20], "little")
+    if place[:4] == _PLACE_64:
+        start -= 76
+        length, first = int.from_bytes(end_64[40:48], "little"), int.from_bytes(end_64[48:56], "little")
+        if end_64[:4] != _END_64 or int.from_bytes(place[8:16], "little") != start:
+            raise ValueError("it is an archive with two directories")
+    if end[:4] != _END or first + length != start:
+        raise ValueError("it is an archive whose directory is not at its end")
 
 
 def is_filled(tensor: Tensor) -> bool:

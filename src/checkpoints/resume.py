@@ -50,6 +50,8 @@ SCORING = (
     "data.test_answers",
     "trainer.limit_val_batches",
 )
+# Where evaluation is limited to some batches, so does what makes a batch of them.
+_BATCHING = ("data.eval_batch_size", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 # Sections that others refer to, and that say nothing by themselves.
 _INGREDIENTS = ("size", "position", "canon")
 
@@ -82,7 +84,7 @@ def check_same_run(checkpoint: dict[str, Any], plain: dict[str, Any], path: str 
     if "scheduler.total_steps" in differing:
         before, now = differing["scheduler.total_steps"]
         log.warning(
-            f"resuming a run of {before} steps as one of {now}: the learning rate follows the new schedule from here"
+            f"resuming a run whose schedule was one of {before} steps with one of {now}: the learning rate follows it from here"
         )
 
 
@@ -91,18 +93,28 @@ def _has_skipped(checkpoint: dict[str, Any]) -> bool:
     return any(isinstance(state, dict) and state.get("skipped") for state in states.values())
 
 
-def continued_from(checkpoint: dict[str, Any], plain: dict[str, Any]) -> list[dict[str, int]]:
-    """What to note of a checkpoint of a run with another number of steps: its weights have seen another schedule.
+def continued_from(checkpoint: dict[str, Any], plain: dict[str, Any]) -> list[dict[str, Any]]:
+    """What to note of a checkpoint of a run with another number of steps, or another schedule: its weights have seen another schedule.
 
     Runs that have been continued so bear the hash of the longer run; the note tells them from one that was that long from the start.
     """
-    before, now = (config["trainer"].get("max_steps") for config in (checkpoint["config"], plain))
-    return [] if before == now else [{"step": checkpoint["global_step"], "planned": before}]
+    then, now = (
+        (config["trainer"].get("max_steps"), (config.get("scheduler") or {}).get("total_steps"))
+        for config in (checkpoint["config"], plain)
+    )
+    return [] if then == now else [{"step": checkpoint["global_step"], "planned": then[0], "schedule": then[1]}]
 
 
 def is_scored_otherwise(checkpoint: dict[str, Any], plain: dict[str, Any]) -> bool:
     """Whether the validation that a checkpoint remembers would have another outcome now."""
-    return any(_is_under(key, SCORING) for key in differences(checkpoint["config"], plain))
+    limited = any(
+        config["trainer"].get(f"limit_{split}_batches") is not None
+        for config in (checkpoint["config"], plain)
+        for split in ("val", "test")
+    )
+    return any(
+        _is_under(key, SCORING + (_BATCHING if limited else ())) for key in differences(checkpoint["config"], plain)
+    )
 
 
 def check_steps_left(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path, *, own: bool) -> None:
@@ -185,7 +197,7 @@ def check_states(checkpoint: dict[str, Any], callbacks: list[Any]) -> None:
             continue
         for name, value in own.items() if isinstance(theirs, dict) else [("", {})]:
             given = theirs.get(name) if isinstance(theirs, dict) else theirs
-            kinds = (int, float) if isinstance(value, float) else type(value)
+            kinds = (int, float) if type(value) in (int, float) else type(value)
             if value is not None and given is not None and not isinstance(given, kinds):
                 raise ValueError(f"the state of {type(callback).__name__} has {name!r} of type {type(given).__name__}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from src.checkpoints.integrity import CHECKPOINT_FORMAT
 from src.checkpoints.resume import check_states, recut
 from src.components.backbone import Backbone
 from src.config import RunError
-from src.datamodules.stream import reads_alone
+from src.datamodules.stream import data_share, reads_alone
 from src.evaluation.evaluators import Evaluator
 from src.modules.losses import NextTokenLoss
 from src.modules.optimizers import check_loaded
@@ -41,9 +41,9 @@ class LanguageModel(L.LightningModule):
     """Trains and scores a Backbone.
 
     The training loss is the mean over all targets of the *global* batch, whatever number of ranks and micro-batches it is cut
-    into. Logged every ``log_every_n_steps``: ``train/loss``, ``train/token_accuracy`` (unless a fused loss cannot tell it),
-    ``train/grad_norm`` (before clipping) and ``train/lr``; on evaluation windows, all that the data's evaluator computes, under
-    ``val/`` and ``test/``.
+    into. Logged every ``log_every_n_steps``: ``train/loss`` (as it is minimised: with the z-loss, where there is one),
+    ``train/token_accuracy`` (unless a fused loss cannot tell it), ``train/grad_norm`` (before clipping) and ``train/lr``; on
+    evaluation windows, all that the data's evaluator computes, under ``val/`` and ``test/``.
 
     Modules of the net with an ``auxiliary_loss`` (mixtures of experts) have it added to what is minimised, not to
     ``train/loss``, and their ``statistics`` logged as ``train/<name>``, the mean over these modules. An auxiliary loss
@@ -92,8 +92,9 @@ class LanguageModel(L.LightningModule):
         self.continued_here: list[dict[str, int]] = []
         # How training ended, once it has: see ``fit.ending``.
         self.ended: dict[str, Any] | None = None
-        # Whether a step has been trained since what a checkpoint held was taken over.
+        # Whether what a checkpoint held has been taken over and training has begun, and after which step.
         self.began = False
+        self.began_at = 0
         self._configured = False
         self._step_metrics: list[dict[str, Tensor]] = []
         self._loss_of_step = torch.zeros(())
@@ -162,10 +163,6 @@ class LanguageModel(L.LightningModule):
             self._log_step()
         return mean
 
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """What a checkpoint held has been of use for a batch, and wherever it was for a step."""
-        self.began = self.began or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-
     def _follow_schedule(self) -> None:
         """Sets the rates of the next step: those in a checkpoint may follow the schedule of a shorter run."""
         step = self.trainer.global_step
@@ -229,10 +226,15 @@ class LanguageModel(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds a validation batch to the evaluator."""
         self._evaluate(batch, "val")
+        trainer = self.trainer
+        self._examine_after(
+            "val", batch_idx, trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        )
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds a test batch to the evaluator."""
         self._evaluate(batch, "test")
+        self._examine_after("test", batch_idx, self.trainer.num_test_batches)
 
     def on_validation_epoch_end(self) -> None:
         """Logs what the evaluator found."""
@@ -249,10 +251,13 @@ class LanguageModel(L.LightningModule):
             _, nll = self.loss(logits, targets)
             self._evaluator(split).update(batch, logits, nll)
 
+    def _examine_after(self, split: str, batch_idx: int, batches: Sequence[int | float]) -> None:
+        """Has the model write after the last batch: at the epoch's end callbacks that average weights have already put others in."""
+        if batch_idx + 1 == sum(batches):
+            self._evaluator(split).examine(self.net, count=self.trainer.is_global_zero)
+
     def _log_evaluation(self, split: str) -> None:
         evaluator = self._evaluator(split)
-        with self.trainer.precision_plugin.forward_context():
-            evaluator.examine(self.net, count=self.trainer.is_global_zero)
         found = {name: value.float() for name, value in evaluator.compute().items()}
         if split == "val":
             self.validated = {f"val/{name}": float(value) for name, value in found.items()}
@@ -288,6 +293,8 @@ class LanguageModel(L.LightningModule):
         counts = {name: pair for name, pair in self.counts.items() if name.startswith("val/")}
         checkpoint["validated"] = {"metrics": self.validated, "counts": counts, "step": self.validated_step}
         checkpoint["continued"] = self.continued
+        # Among how many processes batches are divided: limits on evaluation batches count those of each.
+        checkpoint["shares"] = data_share(self.trainer)[1]
         checkpoint["ended"] = self.ended
         checkpoint["seconds"] = self.seconds_before + time.perf_counter() - self._since
 
@@ -326,7 +333,7 @@ class LanguageModel(L.LightningModule):
         Only where the run goes on in its own folder; another one begins with what is new.
         """
         (step, metrics), self._unwritten = self._unwritten, (-1, {})
-        self.ended = None
+        self.ended, self.began, self.began_at = None, True, self.trainer.global_step
         self._follow_schedule()
         if self.trainer.ckpt_path is not None:
             # Steps are counted in several places of a checkpoint; where they disagree, training might never end.

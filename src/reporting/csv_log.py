@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -156,4 +157,6 @@ def _is_cut_off(row: dict[Any, Any], path: Path) -> bool:
 
 
 def _is_whole(row: dict[Any, Any]) -> bool:
-    return None not in row and None not in row.values() and str(row.get("step")).isdigit()
+    return (
+        None not in row and None not in row.values() and re.fullmatch("[0-9]{1,15}", str(row.get("step"))) is not None
+    )

@@ -17,6 +17,7 @@ from src.checkpoints.files import first_whole, newest_first, read_checkpoint
 from src.config import ConfigError, instantiate
 from src.config.identity import changed_data
 from src.datamodules.base import StreamDataModule
+from src.files import Lock, strange_in
 from src.overrides import as_override
 from src.reporting.runs import Run
 from src.sweeps.plan import Job
@@ -50,6 +51,19 @@ def _of_task(data: str) -> dict[str, Any]:  # hardly ever a file, and thousands 
 def _fingerprint(data: dict[str, Any]) -> dict[str, Any]:
     datamodule: StreamDataModule = instantiate(data, "data")
     return datamodule.expected_fingerprint()
+
+
+def lock_of(job: Job, root: Path) -> Lock:
+    """The lock on a job's folder, which is made if need be.
+
+    Raises:
+        ConfigError: the folder, or something in it, leads elsewhere: whatever the job writes would be written there.
+    """
+    folder = job.folder(root)
+    strange = f"it is a link to {str(folder.readlink())!r}" if folder.is_symlink() else strange_in(folder)
+    if strange is not None:
+        raise ConfigError(f"{folder}: {strange}. Remove it, or choose another jobs_dir=")
+    return Lock(folder)
 
 
 def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:

@@ -18,7 +18,7 @@ from src.callbacks.preemption import REQUEUE
 from src.config import ConfigError
 from src.files import Lock
 from src.signals import answered
-from src.sweeps.jobs import ROOT, is_finished, start_of
+from src.sweeps.jobs import ROOT, is_finished, lock_of, start_of
 from src.sweeps.plan import Job
 
 POLL = 0.2  # seconds
@@ -111,7 +111,7 @@ class _Pool:
                 if is_finished(job, self.root):
                     self.told(job, "finished", 0.0)
                     continue
-                lock = Lock(job.folder(self.root))
+                lock = lock_of(job, self.root)
                 if not lock.acquire():
                     if queue is self.waiting:
                         self.told(job, "elsewhere", 0.0)

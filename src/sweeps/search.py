@@ -21,7 +21,7 @@ from src.config import ConfigError, config_hash, to_plain
 from src.evaluation.evaluators import lower_is_better
 from src.files import Lock
 from src.reporting.registry import Run
-from src.sweeps.jobs import is_finished
+from src.sweeps.jobs import is_finished, lock_of
 from src.sweeps.local import POLL, Local, interruptible, launch, stop
 from src.sweeps.plan import Job, job_of
 
@@ -176,7 +176,7 @@ class _Trials:
             self._tell(trial, job)
             self.told(job, "finished", 0.0)
             return
-        lock = Lock(job.folder(self.root))
+        lock = lock_of(job, self.root)
         if not lock.acquire():
             self.study.tell(trial, state=_state("FAIL"))  # another search is at it; ours proposes something else
             return

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from src.config import ConfigError
-from src.files import Lock
-from src.sweeps.jobs import ROOT, is_finished, start_of
+from src.sweeps.jobs import ROOT, is_finished, lock_of, start_of
 from src.sweeps.plan import Job
 
 POLL = 5.0  # seconds
@@ -124,7 +123,7 @@ def run_job(job: Job, root: Path) -> int:
     Only the first task takes the lock; where another sweep has it, there is nothing to do.
     """
     first = int(os.environ.get("SLURM_PROCID", "0")) == 0
-    lock = Lock(job.folder(root))
+    lock = lock_of(job, root)
     if first and not lock.acquire():
         return 0
     try:

@@ -16,7 +16,7 @@ def two_ranks(**parts: Any) -> Any:
 
 
 def test_tokens_per_second_by_a_fake_clock(monkeypatch):
-    """Two batches of 8 x 16 tokens on each of two ranks, 3 s of training, 100 s of validation in between."""
+    """Two batches of 8 x 16 tokens, of which 15 are read, on each of two ranks, 3 s of training, 100 s of validation in between."""
     now, logged = [10.0], {}
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
     trainer = two_ranks(log_every_n_steps=2)
@@ -31,7 +31,7 @@ def test_tokens_per_second_by_a_fake_clock(monkeypatch):
     now[0] += 2
     trainer.global_step = 2
     callback.on_train_batch_end(trainer, module, None, batch, 1)
-    assert logged == {"train/tokens_per_second": pytest.approx(2 * 2 * 8 * 16 / 3), "train/data_wait": 0.0}
+    assert logged == {"train/tokens_per_second": pytest.approx(2 * 2 * 8 * 15 / 3), "train/data_wait": 0.0}
 
 
 def test_utilisation_and_waiting_by_a_fake_clock(monkeypatch):
@@ -50,7 +50,7 @@ def test_utilisation_and_waiting_by_a_fake_clock(monkeypatch):
     callback.on_train_batch_start(trainer, module, batch, 1)
     now[0] += 6
     callback.on_train_batch_end(trainer, module, None, batch, 1)
-    rate = 2 * 20 / 10
+    rate = 2 * 4 * 4 / 10
     assert [logged["train/tokens_per_second"], callback.rate] == pytest.approx([rate, rate])
     assert [logged["train/data_wait"], callback.data_wait] == pytest.approx([0.4, 0.4])
     assert [logged["train/mfu"], callback.mfu] == pytest.approx([rate * 3 * 50 / 2000] * 2)

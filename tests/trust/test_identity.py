@@ -330,7 +330,7 @@ def test_other_evaluation_settings_are_those_of_both_scores(tmp_path):
     assert tiny_run(tmp_path / "run", *wider, "ckpt_path=auto") == expected
     longer = tiny_run(tmp_path / "run", *wider, "trainer.max_steps=6", "+trainer.limit_val_batches=0", "ckpt_path=auto")
     assert not any(name.startswith("val/") for name in longer)  # none is of these weights
-    assert results(tmp_path / "run")["continued"] == [{"step": 4, "planned": 4}]
+    assert results(tmp_path / "run")["continued"] == [{"step": 4, "planned": 4, "schedule": 4}]
 
 
 def test_a_guard_that_has_left_out_updates_is_not_relabelled(tmp_path):
