@@ -66,6 +66,11 @@ def _check_kept(checkpoint: dict[str, Any]) -> None:
     for section in ("model", "trainer", "data"):
         if not isinstance(checkpoint["config"].get(section), dict):
             raise ValueError(f"its configuration has no section {section!r}")
+    for section in ("callbacks", "optimizer", "scheduler", "loss"):
+        if not isinstance(checkpoint["config"].get(section), dict | None):
+            raise ValueError(
+                f"section {section!r} of its configuration is a {type(checkpoint['config'][section]).__name__}"
+            )
     for name, weight in checkpoint["state_dict"].items():
         if not isinstance(name, str) or not isinstance(weight, Tensor):
             raise ValueError(f"{str(name)[:100]!r} among its weights is no tensor")

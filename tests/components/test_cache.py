@@ -263,6 +263,7 @@ def test_what_mixers_may_keep_in_it():
         {"0.x:Growing.tensor": torch.zeros(1, 5), "0.x:Growing.total": -3},
         {"0.x:Growing": 3},
         {"0.x:ConvState.inputs": 1, "0.x:ConvState.segments": 2},
+        {"0.x:Growing.tensor": torch.zeros(1, 1).expand(1, 2**30), "0.x:Growing.total": 2**30},
     ],
 )
 def test_a_stored_cache_that_a_stranger_made_is_refused_before_it_takes_memory(changes):

@@ -163,6 +163,18 @@ def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
     assert "Traceback" in (folder / "output.log").read_text()
 
 
+@pytest.mark.parametrize("name", ["output.log", "job.lock", ""])
+def test_nothing_is_written_through_a_link_in_the_folder_of_a_job(tmp_path, name):
+    """Jobs may lie in a folder that a colleague has sent; what is said of a link would be written through it."""
+    job = plan().jobs()[0]
+    place = job.folder(tmp_path / "jobs") / name
+    place.parent.mkdir(parents=True)
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is a link to .*elsewhere"):
+        Local(threads=1).run([job], tmp_path / "jobs", lambda job, what, seconds: None)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_finished_job_of_another_configuration_does_not_count(tmp_path):
     job = plan().jobs()[0]
     folder = job.folder(tmp_path)

@@ -1,14 +1,22 @@
 """Small files that ask for much, or lie: found by attacking. Each is refused in a moment, by a message that names the file."""
 
+import io
+import json
+import os
+import shutil
+import struct
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 
-from src.checkpoints import CheckpointError, load_model
+from src.callbacks.guard import replay
+from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.checkpoints.__main__ import main
 from src.checkpoints.files import problem_of
+from src.checkpoints.sharded import write_shards
 from src.config import ConfigError, RunError
 from src.evaluate import evaluate
 from src.train import train
@@ -82,38 +90,163 @@ def test_a_checkpoint_that_asks_for_much(trained, tmp_path, name):
             evaluate(compose_run(tmp_path, f"ckpt_path={path}", f"paths.output_dir={tmp_path}", config_name="evaluate"))
 
 
+def kept(checkpoint: dict, name: str) -> dict:
+    """The state of a callback."""
+    return next(state for key, state in checkpoint["callbacks"].items() if key.startswith(name))
+
+
+def loop(checkpoint: dict, name: str) -> dict:
+    return checkpoint["loops"]["fit_loop"][f"epoch_loop.{name}"]
+
+
+def group(checkpoint: dict) -> dict:
+    return checkpoint["optimizer_states"][0]["param_groups"][0]
+
+
+def moments(checkpoint: dict, **changes) -> None:
+    for state in checkpoint["optimizer_states"][0]["state"].values():
+        state.update({name: make(state["exp_avg"]) for name, make in changes.items()})
+
+
 STATES = {
-    "a history that is none": (("callbacks", "Guard", "history"), 3),
-    "steps that never end": (
-        (
-            "loops",
-            "fit_loop",
-            "epoch_loop.automatic_optimization.optim_progress",
-            "optimizer",
-            "step",
-            "total",
-            "ready",
-        ),
-        -(10**9),
+    "a history that is none": lambda c: kept(c, "Guard").update(history=3),
+    "a history of words": lambda c: kept(c, "Guard").update(history={"loss": ["a"] * 40, "grad_norm": []}),
+    "steps that never end": lambda c: loop(c, "automatic_optimization.optim_progress")["optimizer"]["step"][
+        "total"
+    ].update(ready=-(10**9)),
+    "a count that is a word": lambda c: loop(c, "batch_progress")["total"].update(ready="x"),
+    "a count that is missing": lambda c: loop(c, "batch_progress")["total"].pop("ready"),
+    "batches of other steps": lambda c: loop(c, "batch_progress")["total"].update(ready=7),
+    "a schedule that is none": lambda c: c["lr_schedulers"][0].update(step=3),
+    "a schedule without its optimizer": lambda c: c["lr_schedulers"][0].update(optimizer={}),
+    "rates of a schedule that are words": lambda c: c["lr_schedulers"][0].update(base_lrs=["a"]),
+    "a rate that is a word": lambda c: group(c).update(lr="x"),
+    "groups of others": lambda c: c["optimizer_states"][0].update(param_groups=[{"params": [0]}]),
+    "moments of one number": lambda c: moments(
+        c, exp_avg=lambda m: torch.zeros(1), exp_avg_sq=lambda m: torch.zeros(1)
     ),
-    "a schedule that is none": (("lr_schedulers", 0, "step"), 3),
-    "a rate that is a word": (("optimizer_states", 0, "param_groups", 0, "lr"), "x"),
+    "moments of another shape": lambda c: moments(c, exp_avg=lambda m: torch.zeros(*m.shape, 2)),
+    "moments that are words": lambda c: moments(c, exp_avg=lambda m: "much"),
+    "many steps at once": lambda c: moments(c, step=lambda m: torch.zeros(3)),
+    "kept by words": lambda c: kept(c, "Checkpoints").update(best_k_models={"a": "b"}),
+    "kept that are none": lambda c: kept(c, "Checkpoints").update(best_k_models=5),
+    "kept under no name": lambda c: kept(c, "Checkpoints").update(last_model_path=5),
+    "a time without end": lambda c: c.update(seconds=10**400),
+    "no time": lambda c: c.update(seconds=float("nan")),
+    "a step without end": lambda c: c.update(global_step=10**300),
+    "continued from tensors": lambda c: c.update(continued=[{"step": torch.zeros(1)}]),
+    "callbacks that are a number": lambda c: c["config"].update(callbacks=5),
+    "a schedule that is a number": lambda c: c["config"].update(scheduler=5),
+    "words for a speed": lambda c: c["callbacks"].update(Throughput={"tokens": "x", "seconds": 1.0}),
 }
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_states_that_are_none_are_an_error_that_names_the_file(trained, tmp_path, name):
-    way, value = STATES[name]
     checkpoint = torch.load(trained / "checkpoints" / "step00000003.ckpt", weights_only=True)
-    node = checkpoint
-    for key in way[:-1]:
-        node = node[key]
-    node[way[-1]] = value
+    STATES[name](checkpoint)
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     torch.save(checkpoint, folder / "step00000003.ckpt")
     with watched(tmp_path, seconds=60), pytest.raises((RunError, ConfigError), match="step00000003"):
         tiny_run(tmp_path, *EVERY, "ckpt_path=auto")
+
+
+def test_settings_of_the_optimizer_are_those_of_the_run(trained, tmp_path):
+    """Of a checkpoint, moments are taken over; what its groups say of rates and decays is not."""
+    checkpoint = torch.load(trained / "checkpoints" / "step00000003.ckpt", weights_only=True)
+    group(checkpoint).update(betas="ab", amsgrad=True, lr=1e9, eps=1e9, fused=None, surprise=1)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    torch.save(checkpoint, folder / "step00000003.ckpt")
+    assert tiny_run(tmp_path, *EVERY, "ckpt_path=auto")["test/loss"] == pytest.approx(
+        json.loads((trained / "results.json").read_text())["metrics"]["test/loss"], abs=1e-6
+    )
+
+
+# ---- how a file is put together -------------------------------------------------------------------------------------
+
+PAIRS = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(45))
+HEX = b"c_codecs\nencode\nq\x00X\x05\x00\x00\x00abcdeX\x06\x00\x00\x00latin1\x86Rq\x01"
+HEX += b"".join(b"h\x00h%cX\x03\x00\x00\x00hex\x86Rq%c" % (i + 1, i + 2) for i in range(40))
+STEPS = {
+    "a key that is a pair of pairs of pairs": (PAIRS + b"}h\x2dK\x01s.", "a key that is neither"),
+    "the same by many at once": (PAIRS + b"}(h\x2dK\x01u.", "a key that is neither"),
+    "the same in an OrderedDict": (
+        PAIRS + b"ccollections\nOrderedDict\n](h\x2dK\x01\x86e\x85R.",
+        "fills an OrderedDict by a call",
+    ),
+    "a set": (PAIRS + b"cbuiltins\nset\n]h\x2da\x85R.", "a pickled object, builtins.set"),
+    "encodings of encodings": (HEX + b".", "a pickled object, _codecs.encode"),
+    "more bytes than there are": (
+        b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+        "a pickled object, builtins.bytearray",
+    ),
+}
+
+
+def archive_of(trained: Path, path: Path, steps: bytes) -> Path:
+    """A file of torch.save with other steps by which it is put together."""
+    source = trained / "checkpoints" / "step00000003.ckpt"
+    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, b"\x80\x02" + steps if name.endswith("data.pkl") else whole.read(name))
+    return path
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_kilobyte_takes_no_time_and_no_memory(trained, tmp_path, name):
+    steps, why = STEPS[name]
+    path = archive_of(trained, tmp_path / "small.ckpt", steps)
+    with watched(tmp_path, seconds=10), pytest.raises(CheckpointError, match=rf"small\.ckpt.*{why}"):
+        load_model(path)
+    with watched(tmp_path, seconds=10), pytest.raises(ConfigError, match=rf"small\.ckpt.*{why}"):
+        replay(path, load_model(trained))
+
+
+def test_attributes_of_a_tensor_or_a_dictionary_hide_nothing(trained, tmp_path):
+    checkpoint = torch.load(trained / "checkpoints" / "step00000003.ckpt", weights_only=True)
+    odd = torch.zeros(3)
+    odd.numel = 5  # type: ignore[method-assign]
+    torch.save(checkpoint | {"extra": odd}, tmp_path / "odd.ckpt")
+    with pytest.raises(CheckpointError, match=r"odd\.ckpt.*_rebuild_from_type_v2"):
+        load_model(tmp_path / "odd.ckpt")
+    hiding = OrderedDict(checkpoint)
+    hiding.get = 5  # type: ignore[assignment]
+    torch.save(hiding, tmp_path / "hiding.ckpt")
+    assert load_model(tmp_path / "hiding.ckpt").count_parameters() == load_model(trained).count_parameters()
+
+
+def test_an_archive_with_two_directories_is_refused(trained, tmp_path):
+    """One directory for who looks, another for who reads: a record of its end says where, and need not be where it says."""
+
+    def end_64(entries: int, length: int, first: int) -> bytes:
+        return struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, entries, entries, length, first)
+
+    bomb, honest = tmp_path / "bomb.ckpt", io.BytesIO()
+    source = trained / "checkpoints" / "step00000003.ckpt"
+    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+    content = bomb.read_bytes()
+    end = content.rfind(b"PK\5\6")
+    entries, length, first = struct.unpack("<HLL", content[end + 10 : end + 20])
+    content, place = content[:end] + end_64(entries, length, first), end
+    with zipfile.ZipFile(honest, "w") as archive:
+        archive.writestr("archive/data.pkl", b"hello")
+    shown = honest.getvalue()
+    end = shown.rfind(b"PK\5\6")
+    entries, length, first = struct.unpack("<HLL", shown[end + 10 : end + 20])
+    directory = bytearray(shown[first : first + length])
+    struct.pack_into("<L", directory, 42, len(content))
+    content += shown[:first] + directory + end_64(entries, length, len(content) + first)
+    content += struct.pack("<4sLQL", b"PK\6\7", 0, place, 1)
+    bomb.write_bytes(
+        content + struct.pack("<4sHHHHLLH", b"PK\5\6", 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0)
+    )
+    assert [entry.compress_type for entry in zipfile.ZipFile(bomb).infolist()] == [zipfile.ZIP_STORED]
+    with pytest.raises(CheckpointError, match=r"bomb\.ckpt.*two directories"):
+        load_model(bomb)
 
 
 def test_archives_that_unpack_to_more_than_they_are(trained, tmp_path):
@@ -149,7 +282,9 @@ def test_what_a_stranger_has_written_is_shown_as_text(trained, tmp_path, capsys)
     assert "mine" in shown
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "train.log", ".hydra", ".hydra/overrides.yaml", "csv"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "train.log", ".hydra", ".hydra/overrides.yaml", "csv", "without-canon/csv/metrics.csv"]
+)
 def test_links_that_lead_out_of_a_runs_folder_are_refused(tmp_path, capsys, name):
     """Before anything is written: Hydra opens its log at once."""
     elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
@@ -161,3 +296,44 @@ def test_links_that_lead_out_of_a_runs_folder_are_refused(tmp_path, capsys, name
         main_of(train, "train", *TINY, f"hydra.run.dir={run}", "ckpt_path=auto")
     assert "is a link to" in capsys.readouterr().err
     assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("mine.part", "precious")]
+
+
+def test_the_name_of_other_results_is_no_way_out_of_the_folder(trained, tmp_path):
+    """Results of another run are kept under their hash, which somebody else may have written."""
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(trained, run)
+    (run / "results-x").mkdir()
+    mine.mkdir()
+    (mine / "settings.json").write_text("mine")
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"config_hash": "x/../../mine/settings"}))
+    tiny_run(run, *EVERY, "trainer.max_steps=6", "ckpt_path=auto")
+    assert (mine / "settings.json").read_text() == "mine"
+    assert json.loads((run / "results-other.json").read_text())["config_hash"] == "x/../../mine/settings"
+
+
+def test_nobody_waits_for_a_pipe(trained, tmp_path, capsys):
+    """In place of a log, of a checkpoint, and of the rest of a folder of shards."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "train.log").unlink(missing_ok=True)
+    os.mkfifo(run / "train.log")
+    with watched(tmp_path, seconds=20):
+        with pytest.raises(ConfigError, match=r"'train\.log' in it is a pipe"):
+            tiny_run(run, *EVERY, "ckpt_path=auto")
+        (run / "train.log").unlink()
+        os.mkfifo(run / "checkpoints" / "step00000009.ckpt")
+        assert main(["verify", str(run)]) in (0, 2)
+        assert load_model(run).count_parameters() > 0
+        shards = tmp_path / "shards.ckpt"
+        write_shards(read_checkpoint(trained), shards, 1)
+        (shards / "meta.pt").unlink()
+        os.mkfifo(shards / "meta.pt")
+        with pytest.raises(CheckpointError, match=r"shards\.ckpt"):
+            load_model(shards)
+
+
+def test_a_link_in_a_circle_leads_nowhere(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "loop").symlink_to("loop")
+    tiny_run(tmp_path / "run", *EVERY, "trainer.max_steps=5", "ckpt_path=auto")

@@ -153,7 +153,20 @@ def test_a_few_bytes_of_a_description_take_no_time_and_no_memory(shards):
         read_checkpoint(shards)
 
 
-@pytest.mark.parametrize("change", ["far away in a list", "a negative size", "one piece for many"])
+def test_a_path_of_paths_of_paths_is_not_made(shards):
+    """A checkpoint says where it lay when it was written; to make that path would double it at each step."""
+    path = b"cpathlib\nPosixPath\nq\x00X\x01\x00\x00\x00a\x85Rq\x01"
+    path += b"".join(b"h\x00h%ch%c\x86Rq%c" % (i + 1, i + 1, i + 2) for i in range(40))
+    (shards / METADATA).write_bytes(b"\x80\x02" + path + b".")
+    sign(shards)
+    with watched(shards, seconds=10), pytest.raises(CheckpointError, match="no description of shards"):
+        read_checkpoint(shards)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["far away in a list", "a negative size", "one piece for many", "empty pieces", "the same bytes again and again"],
+)
 def test_a_description_asks_for_no_more_room_than_there_is(shards, change):
     metadata = read_metadata(shards)
     name = next(n for n, e in metadata.state_dict_metadata.items() if not isinstance(e, BytesStorageMetadata))
@@ -164,6 +177,14 @@ def test_a_description_asks_for_no_more_room_than_there_is(shards, change):
         metadata.planner_data = {new: ("state_dict", 10**9)}
     elif change == "a negative size":
         entry.size = torch.Size([-5, 3])
+    elif change == "empty pieces":  # one list for thousands of tensors
+        piece = type(entry.chunks[0])(torch.Size([0]), torch.Size([0]))
+        entry.chunks = [piece] * 10_000
+    elif change == "the same bytes again and again":
+        index, place = next((i, p) for i, p in metadata.storage_data.items() if i.fqn == name)
+        for number in range(1000):
+            metadata.storage_data[type(index)(name, torch.Size([number]), number)] = place
+        entry.size = torch.Size([1000 * entry.size.numel()])
     else:
         entry.chunks = entry.chunks * 1000
     (shards / METADATA).write_bytes(pickle.dumps(metadata))
