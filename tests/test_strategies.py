@@ -144,10 +144,17 @@ def test_layouts_change_no_loss(some, tmp_path):
         assert found["intervals"] == results(tmp_path / "one")["intervals"]
 
 
+EXPERTS = {"experts": ["canon.positions=AbC", "model=moe", "model.feedforward.num_experts=4"]}
+EXPERTS["full experts"] = [*EXPERTS["experts"], "model.feedforward.capacity_factor=1.0"]
+
+
 @pytest.mark.parametrize("what", ["block", "selective"])
-@pytest.mark.parametrize("mixer", list(MIXERS))
+@pytest.mark.parametrize("mixer", [*MIXERS, *EXPERTS])
 def test_recomputation_changes_no_bit(what, mixer, tmp_path):
-    options = ["canon.positions=AbCD", *MIXERS[mixer], "trainer.max_steps=3"]
+    options = [
+        "trainer.max_steps=3",
+        *(EXPERTS[mixer] if mixer in EXPERTS else ["canon.positions=AbCD", *MIXERS[mixer]]),
+    ]
     tiny_run(tmp_path / "kept", *options)
     tiny_run(tmp_path / "again", *options, f"activation_checkpointing={what}")
     a, b = (torch.load(tmp_path / n / "checkpoints" / "final.ckpt", weights_only=True) for n in ("kept", "again"))

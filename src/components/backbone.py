@@ -219,8 +219,11 @@ _DEAR = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "_flash_attenti
 
 
 def _kept(_context: Any, operation: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
-    name = str(operation).split(".")[1] if "." in str(operation) else str(operation)
-    dear = name in _DEAR or any(name.startswith(prefix) for prefix in _DEAR if prefix.startswith("_"))
+    _, name, overload = [*str(operation).split("."), "", ""][:3]
+    # A product that is written into a part of something else is changed by the next one.
+    dear = overload != "out" and (
+        name in _DEAR or any(name.startswith(prefix) for prefix in _DEAR if prefix.startswith("_"))
+    )
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
