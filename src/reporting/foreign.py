@@ -1,7 +1,8 @@
 """Reads files that somebody else may have written, changed or damaged: the one door for records of runs, configurations and manifests.
 
-Only regular files are opened, up to a size; JSON and YAML are plain data, of bounded depth, and have the shape that a schema says. Whatever
-is wrong ends in an ``Unreadable`` whose message says what, never in another exception, an endless wait or a full memory.
+Only regular files are opened, up to a size; JSON and YAML are UTF-8 and plain data, of bounded depth, and have the shape that a schema
+says, whose numbers are bounded too (``schema.py``). Whatever is wrong ends in an ``Unreadable`` whose message says what, never in another
+exception, an endless wait or a full memory.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ MOST_TOLD = 3  # mistakes of one file that a message names
 
 Kind = TypeVar("Kind")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same rules, and ten times as fast with libyaml
-# What JSON text may hold of characters that are no text: escapes, delete, and the second set of control characters.
-_SUSPICIOUS = re.compile(rb"\\[ubfr]|\x7f|\xc2[\x80-\x9f]")
+# What JSON or YAML in UTF-8 may hold of characters that are no text: escapes, delete, and the second set of control characters.
+_SUSPICIOUS = re.compile(rb"\\[^\"/\\n]|\x7f|\xc2[\x80-\x9f]")
 _NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -70,10 +71,13 @@ def read_json(path: Path, schema: TypeAdapter[Kind], most: int = MOST_BYTES) -> 
     """
     content = read_bytes(path, most)
     try:
-        found = json.loads(content)
+        # Given bytes, json would look for UTF-16 and UTF-32 too, in which the search for suspicious bytes below finds nothing.
+        found = json.loads(content.decode("utf-8-sig"))
     except RecursionError:
         raise Unreadable("nested too deep") from None
-    except ValueError as error:  # no UTF-8 and no JSON are both ValueErrors
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"no JSON in UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
         raise Unreadable(f"no JSON: {clean_text(str(error))[:200]}") from None
     if content.count(b"[") + content.count(b"{") > DEEPEST:
         _check_depth(found)
@@ -94,6 +98,8 @@ def read_yaml(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
         text = content.decode()
         _check_events(text)
         found = yaml.load(text, Loader=_LOADER)
+        if _SUSPICIOUS.search(content):
+            found = _clean(found)
     except Unreadable:
         raise
     except RecursionError:
@@ -131,12 +137,21 @@ def _said(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _clean(node: Any) -> Any:
+def _clean(node: Any, known: dict[int, Any] | None = None) -> Any:
+    """The same with clean texts. What YAML's aliases name several times is looked at once: its copies could be millions."""
+    known = {} if known is None else known
     if isinstance(node, str):
         return clean_text(node)
-    if isinstance(node, list):
-        return [_clean(item) for item in node]
-    return {clean_text(key): _clean(value) for key, value in node.items()} if isinstance(node, dict) else node
+    if not isinstance(node, dict | list):
+        return node
+    if id(node) not in known:
+        if isinstance(node, list):
+            known[id(node)] = own = []
+            own += [_clean(item, known) for item in node]
+        else:
+            known[id(node)] = own = {}
+            own |= {_clean(key, known): _clean(value, known) for key, value in node.items()}
+    return known[id(node)]
 
 
 def _check_depth(node: Any) -> None:

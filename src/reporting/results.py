@@ -34,6 +34,7 @@ from src.evaluation.names import lower_is_better
 from src.reporting.foreign import Unreadable, clean_text
 from src.reporting.manifest import read_manifest, write_manifest  # noqa: F401 (the second for others)
 from src.reporting.runs import COSTS, FINISHED, UNREADABLE, Run, find, find_runs
+from src.reporting.schema import LARGEST
 from src.reporting.statistics import Difference, Interval, difference, student_interval
 from src.sweeps.statements import Statement, is_repetition
 
@@ -414,7 +415,9 @@ def _by_cell(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _lacking(metric: str, run: Run) -> str:
     value = run.metrics.get(metric)
-    return f"{metric} was not measured" if value is None else f"{metric} is {value}"
+    if value is None:
+        return f"{metric} was not measured"
+    return f"{metric} is {value}" + (f", or beyond {LARGEST:g}" if math.isinf(value) else "")
 
 
 def _words(others: dict[str, Any]) -> str:
@@ -423,7 +426,9 @@ def _words(others: dict[str, Any]) -> str:
 
 def _counted(name: str) -> list[Any]:
     """A key by which R2 comes before R10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
+    # Without its zeros in front, a longer number is a larger one; as an int, one of thousands of digits would be refused.
+    parts = enumerate(re.split(r"([0-9]+)", name))  # numbers are at the odd places
+    return [(place % 2, len(part.lstrip("0")) if place % 2 else 0, part.lstrip("0") or part) for place, part in parts]
 
 
 def _bracketed(interval: Interval) -> str:

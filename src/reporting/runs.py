@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from src.reporting.foreign import Unreadable, clean_text, read_bytes, read_json, read_yaml, shaped
-from src.reporting.schema import RECORD, RESULTS, SETTINGS
+from src.reporting.schema import RECORD, RESULTS, SETTINGS, bounded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RUNNING, FINISHED, FAILED, INTERRUPTED, LOST = "running", "finished", "failed", "interrupted", "lost"
 UNREADABLE = "unreadable"  # of a run whose records are not what was written; the reasons are its ``problems``
 MOST_CURVE_BYTES = 512 << 20
+LAST_STEP = 10**15  # that a curve may have; a floating-point number still tells it from the next one
 WITHOUT_RUNS = ("checkpoints", "csv")  # folders of a run in which there are no others
 
 # What a run costs: numbers of results.json.
@@ -146,7 +147,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _curves(content: bytes, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
-    """The last value of every step; a row that was cut off, or whose step or value is no number, is left out."""
+    """The last value of every step; a row that was cut off, or whose step or value is no number, is left out.
+
+    Raises:
+        Unreadable: a step is a number that none can be; it would decide how all others are drawn.
+    """
     rows = csv.reader(io.StringIO(content.decode()))
     header = next(rows, [])
     found: dict[str, dict[int, float]] = {metric: {} for metric in metrics}
@@ -161,8 +166,10 @@ def _curves(content: bytes, metrics: Sequence[str]) -> dict[str, dict[int, float
                     step, value = float(row[place]), float(text)
                 except ValueError:
                     continue
-                if math.isfinite(step) and not math.isnan(value):
-                    values[int(step) + 1] = value
+                if not math.isnan(step) and not 0 <= step <= LAST_STEP:
+                    raise Unreadable(f"step {step:g}: steps are counted from 0, and to {LAST_STEP:.0e} at most")
+                if not math.isnan(step) and not math.isnan(value):
+                    values[int(step) + 1] = bounded(value)
     return found
 
 

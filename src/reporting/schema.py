@@ -2,20 +2,34 @@
 
 Keys that are not named here are left as they are, and most may be missing: earlier versions wrote fewer, later ones may write more. A key
 that is there must be of its kind, because a number that somebody has turned into a word, or a list into a mapping, is no record any more.
+
+Numbers beyond ``LARGEST`` have no meaning here, and sums and squares of them may be no numbers any more. Where a run that diverges may
+write one, it is read as infinite, which counts as no score; anywhere else it makes the file unreadable.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, NotRequired, Required
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict  # that of typing is not enough for pydantic before Python 3.12
 
 _OPEN = ConfigDict(strict=True, extra="allow")
 _ONLY = ConfigDict(strict=True, extra="ignore")
 
-Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LARGEST = 1e30
+
+
+def bounded(value: float) -> float:
+    """A measured value; infinite if it is larger than anything that can be reckoned with."""
+    return math.copysign(math.inf, value) if abs(value) > LARGEST else value
+
+
+Measured = Annotated[float, AfterValidator(bounded)]
+Amount = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Least = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Named = Annotated[str, Field(max_length=200)]
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
@@ -61,11 +75,11 @@ class Results(TypedDict, total=False):
     """results.json. A metric may be infinite or no number: so ends a run that diverges."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
-    metrics: Required[Annotated[dict[str, float], Field(max_length=5000)]]
+    metrics: Required[Annotated[dict[Named, Measured], Field(max_length=5000)]]
     seconds: Required[Amount]
     config_hash: str | None
     data: dict[str, Any] | None
-    chance: dict[str, float | None] | None
+    chance: Annotated[dict[Named, Measured | None], Field(max_length=5000)] | None
     parameters: Amount | None
     flops_per_token: Amount | None
     state_size: Amount | None
@@ -104,7 +118,7 @@ class Optimizer(TypedDict, total=False):
     """What a table shows of an optimizer."""
 
     __pydantic_config__ = _ONLY  # type: ignore[misc]
-    lr: float | None
+    lr: Amount | None
 
 
 class Settings(TypedDict, total=False):
@@ -128,7 +142,7 @@ class ManifestJob(TypedDict):
     variant: str
     settings: dict[str, Any]
     seed: Whole
-    learning_rate: Rate
+    learning_rate: Amount
     folder: str
     command: str
     data: NotRequired[str]
@@ -140,7 +154,7 @@ class ManifestStatement(TypedDict):
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
     better: str
     than: str
-    by: NotRequired[Annotated[float, Field(allow_inf_nan=False)]]
+    by: NotRequired[Least]
     task: NotRequired[str | None]
 
 

@@ -25,7 +25,7 @@ MOST_POINTS = 300  # of a curve; beyond that, neighbouring steps are averaged
 FEWEST_POINTS = 60  # to which that goes down where there are so many curves that the page would be too large
 ALL_POINTS = 60_000  # of all curves of a sweep
 RATE_KEYS = ("task", "setting", "variant", "learning_rate")
-GROUP = re.compile(r"test/accuracy/([A-Za-z_]+)(\d+)\+?")  # hop4, depth6+
+GROUP = re.compile(r"test/accuracy/([A-Za-z_]+)([0-9]{1,9})\+?")  # hop4, depth6+
 
 
 Line = dict[str, Any]  # of a table

@@ -246,3 +246,80 @@ def test_all_problems_are_in_a_file(tmp_path):
     reported(tmp_path)
     with (tmp_path / "out" / "tables" / "unreadable.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 30
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-32-be", "latin-1"])
+def test_json_is_read_in_utf_8_alone(tmp_path, encoding):
+    """Python's json looks for other encodings too, in which nobody has looked for what steers a terminal."""
+    text = json.dumps({"status": "failed", "error": "\x1b[31m \ud800 \x00", "é": 1}, ensure_ascii=encoding != "latin-1")
+    write(tmp_path / "run.json", text.replace("\ud800", "").encode(encoding))
+    with pytest.raises(Unreadable, match="no JSON"):
+        read_json(tmp_path / "run.json", RECORD)
+    write(tmp_path / "run.json", json.dumps({"error": "\x1b[31m é"}).encode("utf-8-sig"))
+    assert read_json(tmp_path / "run.json", RECORD) == {"error": "\ufffd[31m é"}
+
+
+def test_yaml_has_no_escapes_either(tmp_path):
+    write(tmp_path / "a.yaml", 'name: &n "\\e[31m\\0\\x9b"\n"\\a": [*n, *n]\n')
+    clean = "\ufffd[31m\ufffd\ufffd"
+    assert read_yaml(tmp_path / "a.yaml") == {"name": clean, "\ufffd": [clean, clean]}
+    twice = 'a0: &a0 ["\\e"]\n' + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(45))
+    write(tmp_path / "b.yaml", twice)
+    assert read_yaml(tmp_path / "b.yaml")["a0"] == ["\ufffd"]
+
+
+BIG = 1.7e308
+ABSURD = {
+    "scores": {"values": (BIG, -BIG)},
+    "a score of all": {"values": (BIG, BIG)},
+    "steps": {"curve": "step,train/loss\n" + "".join(f"{1.6e308 + i * 1e300},1.0\n" for i in range(900))},
+    "a negative step": {"curve": "step,train/loss\n-1e300,2\n5,1\n"},
+    "values of a curve": {"curve": "step,train/loss\n" + "".join(f"{i},{(-1) ** i * BIG}\n" for i in range(900))},
+    "a group": {"metrics": {"test/accuracy/hop" + "9" * 150: 0.1, "test/accuracy/hop1": 0.2}},
+    "a long name": {"metrics": {"test/accuracy/hop" + "9" * 5000: 0.1}},
+    "bounds": {"plan": {"expect": [{"better": "A", "than": "B", "by": by} for by in (BIG, -BIG)]}},
+    "the name of a sweep": {"plan": {"name": "R" + "9" * 5000}},
+    "digits that are none": {"plan": {"name": "²"}},
+    "learning rates": {"plan": {"jobs": [{"learning_rate": 1e300}]}},
+    "chance": {"results": {"chance": {"accuracy": BIG}}},
+    "settings": {"plan": {"jobs": [{"settings": {"N": 10**4000, "seed": 1}}]}},
+}
+NAMED = {  # what the console says of it
+    "scores": "0 of 6 runs finished",
+    "a score of all": "0 of 6 runs finished",
+    "steps": "csv/metrics.csv: step 1.6e+308",
+    "a negative step": "csv/metrics.csv: step -1e+300",
+    "a long name": "results.json: metrics.test/accuracy/hop999",
+    "bounds": "manifest.json: expect.0.by: input should be less than or equal to",
+    "learning rates": "manifest.json: jobs.0.learning_rate: input should be less than or equal to",
+}
+
+
+@pytest.mark.parametrize("what", ABSURD)
+def test_absurd_numbers_end_no_report(tmp_path, capsys, what):
+    given = {"values": None, "curve": None, "metrics": {}, "plan": {}, "results": {}} | ABSURD[what]
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("A", "B"), rates=(1e-3,), unfinished=0, failed=0)
+    plan = json.loads(sweep.path.read_text())
+    for job in plan["jobs"]:
+        folder = sweep.path.parent / job["folder"]
+        results = json.loads((folder / "results.json").read_text()) | given["results"]
+        results["metrics"] |= given["metrics"]
+        if given["values"]:
+            results["metrics"]["test/accuracy"] = given["values"][job["variant"] == "B"]
+        write(folder / "results.json", json.dumps(results))
+        if given["curve"]:
+            write(folder / "csv" / "metrics.csv", given["curve"])
+    jobs = given["plan"].pop("jobs", [{}]) if what in ("learning rates", "settings") else [{}]
+    plan["jobs"][0] |= jobs[0]
+    write(sweep.path, json.dumps(plan | given["plan"]))
+    plain_run(tmp_path / "logs" / "alone")
+    reported(tmp_path)
+    assert NAMED.get(what, "report: ") in capsys.readouterr().out
+
+
+def test_an_absurd_score_is_told_apart_from_a_missing_one(tmp_path):
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("A",), rates=(1e-3,), unfinished=0, failed=0)
+    path = sweep.path.parent / sweep.plan["jobs"][0]["folder"] / "results.json"
+    write(path, json.dumps(json.loads(path.read_text()) | {"metrics": {"test/accuracy": 1e31}}))
+    row = SweepResults(sweep.path).rows[0]
+    assert (row["status"], row["reason"]) == ("without a score", "test/accuracy is inf, or beyond 1e+30")
