@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from src.evaluation.names import lower_is_better
 from src.reporting.results import Cell
 from src.reporting.statistics import student_interval
 from src.reporting.tables import Line, Row, SweepTables, finite
@@ -100,9 +101,11 @@ def _compared(
     for value, (quantity, metric, factor) in zip(
         entry.values, _quantities(where["task"], cell.metric, entry), strict=False
     ):
-        at_rate = [run.metrics[metric] * factor for run in tables.runs_of(cell) if metric in run.metrics]
+        at_rate = [run.metrics[metric] * factor for run in tables.runs_of(cell) if known(run.metrics.get(metric))]
         anywhere = [tables.runs[folder].metrics.get(metric) for folder in cell.folders.values()]
         scores = [score * factor for score in anywhere if score is not None and known(score)]
+        # The sweep may compare by another metric, with another direction.
+        better = min if lower_is_better(metric) else max
         low, high = student_interval(at_rate) if at_rate else (None, None)
         found.append(
             {
@@ -116,7 +119,7 @@ def _compared(
                 "low": finite(low),
                 "high": finite(high),
                 "seeds": len(at_rate),
-                "best": (min if cell.lower_is_better else max)(scores) if scores else None,
+                "best": better(scores) if scores else None,
                 "source": entry.source,
             }
         )

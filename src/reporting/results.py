@@ -95,7 +95,7 @@ class Verdict:
     metric: str
     outcome: str
     difference: Difference | None
-    best_difference: float | None  # of the best runs over learning rates
+    best_difference: float | None  # of the best runs over learning rates, in the settings that both have
     reason: str
     remarks: list[str] = field(default_factory=list)  # of the cells that were compared
 
@@ -308,9 +308,7 @@ class SweepResults:
         ]
         if all(sides):
             found = compare(*sides)
-            best = _best(sides[0]) - _best(sides[1])
-            if self.lower_is_better(task):
-                best = -best
+            best = _best_difference(*sides)
         if found is not None:
             outcome, reason = judge(found, statement.by)
         return Verdict(statement, task, metric, outcome, found, best, reason, remarks)
@@ -372,9 +370,17 @@ def judge(found: Difference, by: float) -> tuple[str, str]:
     return (CONFIRMED if low >= by else CONTRADICTED if high < by else INCONCLUSIVE), numbers
 
 
-def _best(cells: list[Cell]) -> float:
-    """Mean over other settings of the best run."""
-    return sum(cell.best for cell in cells) / len(cells)
+def _best_difference(better: list[Cell], than: list[Cell]) -> float | None:
+    """How much better the best runs of one variant are, as a mean over the settings that both have; None where there are none.
+
+    A mean over other settings on either side would be of how hard those are.
+    """
+    a, b = (
+        {json.dumps(c.others, sort_keys=True): -c.best if c.lower_is_better else c.best for c in cells}
+        for cells in (better, than)
+    )
+    gains = [a[key] - b[key] for key in a if key in b]
+    return fsum(gains) / len(gains) if gains else None
 
 
 def find_sweeps(root: Path, problems: list[tuple[str, str]] | None = None) -> list[SweepResults]:

@@ -270,7 +270,7 @@ def test_a_validation_that_is_no_number_chooses_nothing(tmp_path, value):
     found = results(tmp_path, scores)
     assert found.cells[1].rate == 0.1
     (row,) = [row for row in found.rows if row["status"] == "without a validation"]
-    assert row["reason"].startswith(f"val/accuracy is {value}, by which")
+    assert row["reason"].startswith(f"val/accuracy is {value}")
 
 
 def test_equally_good_rates_are_told_and_the_smallest_is_taken(tmp_path):
@@ -331,3 +331,35 @@ def test_data_are_named_by_what_they_are_drawn_from():
     asked = {"task": {"N": 5}, "seed": 1, "batch_size": 8, "val_windows": 10}
     assert data_name(asked) == data_name(asked | {"seed": 2, "batch_size": 16, "val_windows": None})
     assert data_name(asked) != data_name(asked | {"task": {"N": 6}})
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("test/accuracy", 1), ("test/loss", -1)])
+def test_best_runs_are_compared_over_the_settings_that_both_have(tmp_path, metric, sign):
+    """The easier setting of one variant alone must not speak for it."""
+    found = make_sweep(
+        tmp_path,
+        tasks=("Depo",),
+        variants=("A", "B"),
+        rates=(1e-3,),
+        others={"size": ["small", "large"]},
+        unfinished=0,
+        failed=0,
+        metrics={"Depo": metric},
+        expect=(Statement("A", "B", 0.0),),
+    )
+    values = {("A", "small"): 0.1, ("B", "small"): 0.2, ("A", "large"): 0.6, ("B", "large"): 0.9}
+    for job in found.plan["jobs"]:
+        path = found.path.parent / job["folder"] / "results.json"
+        content = json.loads(path.read_text())
+        content["metrics"][metric] = values[job["variant"], job["settings"]["size"]]
+        write_json(path, content)
+    whole = SweepResults(found.path)
+    assert whole.verdicts[0].best_difference == pytest.approx(sign * -0.2)
+    for job in found.plan["jobs"]:
+        if (job["variant"], job["settings"]["size"]) == ("A", "small"):
+            (found.path.parent / job["folder"] / "results.json").unlink()
+    assert SweepResults(found.path).verdicts[0].best_difference == pytest.approx(sign * -0.3)
+    for job in found.plan["jobs"]:
+        if (job["variant"], job["settings"]["size"]) == ("B", "large"):
+            (found.path.parent / job["folder"] / "results.json").unlink()
+    assert SweepResults(found.path).verdicts[0].best_difference is None
