@@ -97,7 +97,7 @@ def on_gpu(job: Job) -> bool:
 
 
 def print_plan(title: str, jobs: list[Job], root: Path, seconds: dict[str, float], where: str, workers: int) -> None:
-    """A row for each task and variant, and the sum."""
+    """A row for each task and variant, and the sum; where its settings differ in what they cost, from the least to the most."""
     table = Table(title=title, title_justify="left")
     for column in ("task", "variant", "runs", "finished", "FLOPs of a run", "time of a run"):
         table.add_column(column, justify="left" if column in ("task", "variant") else "right")
@@ -105,10 +105,13 @@ def print_plan(title: str, jobs: list[Job], root: Path, seconds: dict[str, float
     for job in jobs:
         rows.setdefault((job.task, job.variant), []).append(job)
     for (task, variant), members in rows.items():
-        left = [job for job in members if seconds[job.name]]
+        operations = [training_flops(job) for job in {kind_of(job): job for job in members}.values()]
+        left = [seconds[job.name] for job in members if seconds[job.name]]
         took = [float(Run(job.folder(root)).results["seconds"]) for job in members if not seconds[job.name]]
-        shown = duration(statistics.median([seconds[job.name] for job in left] or took))
-        table.add_row(task, variant, str(len(members)), str(len(took)), f"{training_flops(members[0]):.1e}", shown)
+        # Of what is to be run, the expected times; of a row that is finished, what is typical of it.
+        times = left or [statistics.median(took)]
+        cells = (_range(operations, "{:.1e}".format), _range(times, duration))
+        table.add_row(task, variant, str(len(members)), str(len(took)), *cells)
     console = Console()
     console.print(table)
     left = [seconds[job.name] for job in jobs if seconds[job.name]]
@@ -119,6 +122,12 @@ def print_plan(title: str, jobs: list[Job], root: Path, seconds: dict[str, float
     )
     if left:
         console.print(assumptions(jobs, root, where), highlight=False)
+
+
+def _range(values: Iterable[float], shown: Callable[[float], str]) -> str:
+    """The smallest and the largest, or one of them where they look alike."""
+    values = list(values)
+    return " - ".join(dict.fromkeys((shown(min(values)), shown(max(values)))))
 
 
 def assumptions(jobs: list[Job], root: Path, where: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from src.sweeps.cost import assumptions, corrected, estimates, makespan, print_plan
+from src.sweeps.cost import assumptions, corrected, estimates, makespan, print_plan, training_flops
 from src.sweeps.progress import Progress
 from tests.sweeps.test_plan import small
 
@@ -65,3 +65,16 @@ def test_the_plan_names_the_rates_and_a_device_that_is_missing(tmp_path, capsys)
     assert "These jobs ask for a GPU, and none is visible here" in told
     finished(jobs[0], tmp_path, 5.0)
     assert assumptions(jobs, tmp_path, "") == "Times are those of finished runs of the same kinds."
+
+
+def test_a_row_shows_what_its_cheapest_and_its_dearest_setting_cost(tmp_path, capsys):
+    jobs = small(variants={"none": []}, axes={"trainer.max_steps": [10, 1000], "seed": [1, 2]}).jobs()
+    steps = {job.name: job.settings["trainer.max_steps"] for job in jobs}
+    least, most = (training_flops(next(job for job in jobs if steps[job.name] == count)) for count in (10, 1000))
+    assert most == pytest.approx(100 * least)
+    print_plan("title", jobs, tmp_path, {name: float(count) for name, count in steps.items()}, "here", 1)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{least:.1e} - {most:.1e}" in told
+    assert "10 s - 17 min" in told
+    print_plan("title", jobs[:1], tmp_path, {jobs[0].name: 10.0}, "here", 1)
+    assert f"{training_flops(jobs[0]):.1e} │ 10 s" in " ".join(capsys.readouterr().out.split())
