@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from src.sweeps.plan import Job, Sweep
 
 MOST_BYTES = 256 << 20  # of ten thousand jobs with their commands some ten millions
+# What a report makes of a manifest grows with products of what it lists, whether or not a single run of it is there.
+MOST_VERDICTS = 5_000  # statements times tasks; a statement about one task counts once
+MOST_PAIRS = 5_000  # of variants, times tasks
+MOST_DRAWS = 50_000  # seeds of all pairs and verdicts, each of which takes a millisecond of resampling
 # What earlier versions did not write.
 OPTIONAL: dict[str, Any] = {"title": "", "note": None, "source": None, "axes": {}, "match": None, "command": ""}
 # Of the data, how many are taken, and how: not what they are drawn from.
@@ -31,7 +36,7 @@ def data_name(section: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The plan of a sweep, every part of its kind, and tasks and variants of its jobs among those that it lists.
+    """The plan of a sweep, every part of its kind, not more than a report can show, tasks and variants of its jobs among those it lists.
 
     The folder of a job may lie anywhere, because jobs may be kept on another disk than manifests. Whatever a manifest names there is
     at most read as a run's folder: as records that have the shape of such, and that count only under the job's own hash.
@@ -53,7 +58,31 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for number, said in enumerate(plan["expect"]):
         if said.get("task") is not None and said["task"] not in metrics:
             raise Unreadable(f"expect.{number}.task: {said['task'][:80]!r} is none of those that it lists")
+    _check_products(plan)
     return plan
+
+
+def _check_products(plan: dict[str, Any]) -> None:
+    tasks, variants = plan["metrics"], len(plan["variants"])
+    pairs = variants * (variants - 1) // 2
+    if pairs * len(tasks) > MOST_PAIRS:
+        raise Unreadable(
+            f"variants: {pairs * len(tasks):,} pairs of {variants} variants on {len(tasks)} tasks; at most {MOST_PAIRS:,} can be compared"
+        )
+    said = Counter(statement.get("task") for statement in plan["expect"])
+    verdicts = sum(said[None] + said[task] for task in tasks)
+    if verdicts > MOST_VERDICTS:
+        raise Unreadable(
+            f"expect: {verdicts:,} statements, those about all tasks counted for each; at most {MOST_VERDICTS:,} can be judged"
+        )
+    seeds: dict[str, set[int]] = {task: set() for task in tasks}
+    for job in plan["jobs"]:
+        seeds[job["task"]].add(job["seed"])
+    draws = sum(len(seeds[task]) * (pairs + said[None] + said[task]) for task in tasks)
+    if draws > MOST_DRAWS:
+        raise Unreadable(
+            f"jobs: {draws:,} seeds in all comparisons of variants; at most {MOST_DRAWS:,} can be resampled"
+        )
 
 
 def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[Job], root: Path, command: str) -> None:

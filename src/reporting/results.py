@@ -75,6 +75,11 @@ class Cell:
     commands: list[str] = field(repr=False)  # that repeat the runs at the best rate
     remarks: list[str] = field(default_factory=list, repr=False)  # what must be known of how the rate was chosen
 
+    @cached_property
+    def setting(self) -> str:
+        """A key for ``others``."""
+        return json.dumps(self.others, sort_keys=True)
+
     @property
     def mean(self) -> float:
         """Over seeds, at the best learning rate."""
@@ -225,6 +230,26 @@ class SweepResults:
         """Of every task, variant and other setting of which something is finished, in the order of the plan."""
         return [self._cell(rows) for rows in _by_cell(self.rows) if any(row["value"] is not None for row in rows)]
 
+    @cached_property
+    def _cells_of(self) -> dict[tuple[str, str], list[Cell]]:
+        found: dict[tuple[str, str], list[Cell]] = {}
+        for cell in self.cells:
+            found.setdefault((cell.task, cell.variant), []).append(cell)
+        return found
+
+    def cells_of(self, task: str, variant: str) -> list[Cell]:
+        """Those of a task and a variant, in the order of the plan."""
+        return self._cells_of.get((task, variant), [])
+
+    @cached_property
+    def _left(self) -> dict[tuple[str, str], Counter[str]]:
+        """How the runs of a task and a variant stand that have no value."""
+        found: dict[tuple[str, str], Counter[str]] = {}
+        for row in self.rows:
+            if row["value"] is None:
+                found.setdefault((row["task"], row["variant"]), Counter())[row["status"]] += 1
+        return found
+
     def _cell(self, rows: list[dict[str, Any]]) -> Cell:
         task = rows[0]["task"]
         lower = self.lower_is_better(task)
@@ -294,10 +319,7 @@ class SweepResults:
 
     def _verdict(self, statement: Statement, task: str) -> Verdict:
         metric = self.plan["metrics"][task]
-        sides = [
-            [c for c in self.cells if (c.task, c.variant) == (task, name)]
-            for name in (statement.better, statement.than)
-        ]
+        sides = [self.cells_of(task, name) for name in (statement.better, statement.than)]
         outcome, reason, found = INCONCLUSIVE, "runs are missing" + self._missing(statement, task), None
         best = None
         remarks = [
@@ -315,9 +337,8 @@ class SweepResults:
 
     def _missing(self, statement: Statement, task: str) -> str:
         """How the runs stand that a statement would need, where that is more than that they have not been run."""
-        asked = (statement.better, statement.than)
-        rows = [row for row in self.rows if row["task"] == task and row["variant"] in asked and row["value"] is None]
-        counts = Counter(row["status"] for row in rows)
+        asked = dict.fromkeys((statement.better, statement.than))  # a statement may be about one variant
+        counts = sum((self._left.get((task, variant), Counter()) for variant in asked), Counter[str]())
         return f" ({', '.join(f'{count} {status}' for status, count in counts.items())})" if counts else ""
 
     @property
@@ -345,7 +366,7 @@ def compare(better: list[Cell], than: list[Cell]) -> Difference | None:
 
     def scores(cells: list[Cell]) -> dict[tuple[int, str], float]:
         return {
-            (seed, json.dumps(cell.others, sort_keys=True)): -value if cell.lower_is_better else value
+            (seed, cell.setting): -value if cell.lower_is_better else value
             for cell in cells
             for seed, value in cell.by_seed.items()
         }
@@ -375,10 +396,7 @@ def _best_difference(better: list[Cell], than: list[Cell]) -> float | None:
 
     A mean over other settings on either side would be of how hard those are.
     """
-    a, b = (
-        {json.dumps(c.others, sort_keys=True): -c.best if c.lower_is_better else c.best for c in cells}
-        for cells in (better, than)
-    )
+    a, b = ({c.setting: -c.best if c.lower_is_better else c.best for c in cells} for cells in (better, than))
     gains = [a[key] - b[key] for key in a if key in b]
     return fsum(gains) / len(gains) if gains else None
 

@@ -4,7 +4,8 @@ Keys that are not named here are left as they are, and most may be missing: earl
 that is there must be of its kind, because a number that somebody has turned into a word, or a list into a mapping, is no record any more.
 
 Numbers beyond ``LARGEST`` have no meaning here, and sums and squares of them may be no numbers any more. Where a run that diverges may
-write one, it is read as infinite, which counts as no score; anywhere else it makes the file unreadable.
+write one, it is read as infinite, which counts as no score; anywhere else it makes the file unreadable. What a sweep may list is bounded
+too: real ones have some ten tasks and variants, and at most thousands of jobs.
 """
 
 from __future__ import annotations
@@ -181,10 +182,10 @@ class Manifest(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     name: str
     scale: str
-    metrics: dict[str, str]
-    variants: list[str]
-    expect: list[ManifestStatement]
-    jobs: list[ManifestJob]
+    metrics: Annotated[dict[Named, Named], Field(max_length=100)]
+    variants: Annotated[list[Named], Field(max_length=100)]
+    expect: Annotated[list[ManifestStatement], Field(max_length=5_000)]
+    jobs: Annotated[list[ManifestJob], Field(max_length=20_000)]
     title: NotRequired[str]
     note: NotRequired[str | None]
     source: NotRequired[str | None]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations_with_replacement
 from typing import Any, NamedTuple
 
@@ -242,6 +243,7 @@ def _grouped(names: Sequence[Hashable], values: ArrayLike) -> dict[Hashable, lis
     return groups
 
 
+@cache
 def _all_resamples(n: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Every multiset of n out of n clusters: how often it holds each ``[R, n]``, and of how many of the n^n draws it comes ``[R]``."""
     chosen = np.array(list(combinations_with_replacement(range(n), n)))

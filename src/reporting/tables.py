@@ -251,7 +251,7 @@ class SweepTables:
         """One line a task and pair of variants; positive where the first is better. P-values adjusted within the task."""
         found = []
         for task in self.tasks:
-            of = {name: [c for c in self.sweep.cells if (c.task, c.variant) == (task, name)] for name in self.variants}
+            of = {name: self.sweep.cells_of(task, name) for name in self.variants}
             pairs = []
             for than, better in combinations(self.variants, 2):
                 if difference := compare(of[better], of[than]):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from src.reporting.page import write_report
 from src.reporting.results import SweepResults, find_sweeps
 from src.reporting.runs import Run, find_runs, runs_table
 from src.reporting.schema import MANIFEST, RECORD
+from src.reporting.tables import SweepTables
 from tests.reporting.fake_sweeps import make_sweep, plain_run
 
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)) * 20
@@ -323,3 +325,55 @@ def test_an_absurd_score_is_told_apart_from_a_missing_one(tmp_path):
     write(path, json.dumps(json.loads(path.read_text()) | {"metrics": {"test/accuracy": 1e31}}))
     row = SweepResults(sweep.path).rows[0]
     assert (row["status"], row["reason"]) == ("without a score", "test/accuracy is inf, or beyond 1e+30")
+
+
+def job(number: int, variant: str = "a0", seed: int = 1) -> dict:
+    said = {"name": "h", "task": "t0", "variant": variant, "settings": {"k": number}, "folder": "f", "command": "c"}
+    return said | {"seed": seed, "learning_rate": 0.1}
+
+
+def listed(metrics: int = 1, variants: int = 1, expect: int = 0, jobs: list | None = None) -> dict:
+    """A manifest of a sweep that never ran."""
+    return {
+        "name": "n",
+        "scale": "",
+        "metrics": {f"t{i}": "test/accuracy" for i in range(metrics)},
+        "variants": [f"a{i}" for i in range(variants)],
+        "expect": [{"better": "a0", "than": "a0"}] * expect,
+        "jobs": jobs or [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("plan", "named"),
+    [
+        (listed(metrics=10_000), "metrics: dictionary should have at most 100"),
+        (listed(metrics=100, expect=51), "expect: 5,100 statements, .*; at most 5,000"),
+        (listed(expect=10_000), "expect: list should have at most 5000"),
+        (listed(variants=5000), "variants: list should have at most 100"),
+        (listed(metrics=2, variants=100), "variants: 9,900 pairs of 100 variants on 2 tasks; at most 5,000"),
+        (listed(variants=100, jobs=[job(0, seed=i) for i in range(11)]), "jobs: 54,450 seeds .*; at most 50,000"),
+        (listed(expect=5000, jobs=[job(0, seed=i) for i in range(11)]), "jobs: 55,000 seeds .*; at most 50,000"),
+        (listed(jobs=[job(i) for i in range(20_001)]), "jobs: list should have at most 20000"),
+        (listed() | {"variants": ["x" * 5000]}, "variants.0: string should have at most 200"),
+    ],
+)
+def test_a_manifest_that_lists_too_much_is_unreadable(tmp_path, capsys, plan, named):
+    """What a report makes of it grows with products, without a single run."""
+    write(tmp_path / "logs" / "bad" / "manifest.json", json.dumps(plan))
+    with pytest.raises(Unreadable, match=named):
+        SweepResults(tmp_path / "logs" / "bad" / "manifest.json")
+    plain_run(tmp_path / "logs" / "good")
+    reported(tmp_path)
+    assert "could not be read" in capsys.readouterr().out
+
+
+def test_the_largest_manifest_is_judged_in_no_time(tmp_path):
+    jobs = [job(i, f"a{i % 100}") for i in range(20_000)]
+    write(tmp_path / "manifest.json", json.dumps(listed(metrics=1, variants=100, expect=5000, jobs=jobs)))
+    began = time.process_time()
+    found = SweepResults(tmp_path / "manifest.json")
+    assert len(found.verdicts) == 5000
+    assert SweepTables(found).differences == []
+    assert found.verdicts[0].reason == "runs are missing (200 planned)"
+    assert time.process_time() - began < 20
