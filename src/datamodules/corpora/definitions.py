@@ -15,17 +15,11 @@ import tokenizers
 
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.files import open_regular, printable
+from src.datamodules.corpora.steps import check_steps
 
 LARGEST_FILE = 2**28
 LARGEST_ID = 2**24
 """A vocabulary has ids below this, and at most four times as many and 65,536 ids as it has tokens."""
-
-MOST_GROWTH = 8
-"""A step that replaces a string puts at most this many times as long a one in its place ..."""
-MOST_CONTENT = 64
-"""... and one that replaces what a regular expression matches, which may be one character, at most so many characters."""
-MOST_GROWTH_OF_ALL = 512
-"""Steps that follow each other multiply what they add: all of them together lengthen a text at most so many times."""
 
 
 def read_definition(path: Path) -> str:
@@ -41,7 +35,7 @@ def read_definition(path: Path) -> str:
 
 
 def parse(definition: str) -> tokenizers.Tokenizer:
-    """Return the library's tokeniser; CorpusError if the definition is none, or has ids beyond all measure."""
+    """Return the library's tokeniser; CorpusError if the definition is none, or has ids or steps beyond all measure."""
     _check(definition)
     with library_errors("it is refused"):
         return tokenizers.Tokenizer.from_str(definition)
@@ -84,44 +78,7 @@ def _check(definition: str) -> None:
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         raise CorpusError("its added_tokens are not a list of tokens")
     check_ids(ids + [token.get("id") for token in added])
-    for section in ("normalizer", "pre_tokenizer", "decoder"):
-        _check_growth(section, data.get(section))
-
-
-def _check_growth(section: str, steps: Any) -> None:
-    """Raise CorpusError for steps, at any depth, that make a short text so long that it fills the memory."""
-    total = 1.0
-    waiting = [steps]
-    while waiting:
-        step = waiting.pop()
-        if isinstance(step, list):
-            waiting += step
-        elif isinstance(step, dict):
-            waiting += step.values()
-            if step.get("type") == "Replace":
-                total *= max(1.0, _growth(section, step.get("pattern"), step.get("content")))
-                if total > MOST_GROWTH_OF_ALL:
-                    raise CorpusError(
-                        f"the Replace steps of its {section} make a text up to {total:.0f} times as long; at most"
-                        f" {MOST_GROWTH_OF_ALL} times can be used"
-                    )
-
-
-def _growth(section: str, pattern: Any, content: Any) -> float:
-    """Return how many times as long a Replace can make a text; CorpusError if that is beyond measure."""
-    if not isinstance(content, str):
-        return 1.0  # which the library refuses
-    string = pattern.get("String") if isinstance(pattern, dict) else pattern
-    if isinstance(string, str):
-        longest, growth = MOST_GROWTH * len(string), len(content) / max(len(string), 1)
-    else:
-        longest, growth = MOST_CONTENT, float(len(content))
-    if len(content) > longest:
-        raise CorpusError(
-            f"a Replace of its {section} puts {len(content)} characters in the place of {str(string or pattern)[:40]!r};"
-            f" at most {longest} can be used"
-        )
-    return growth
+    check_steps(data)
 
 
 def check_ids(ids: list[Any]) -> None:

@@ -59,6 +59,8 @@ class Tokenizer:
             self._backend.encode_special_tokens = True
             self._backend.no_truncation()
             self._backend.no_padding()
+            # It would only add special tokens, which are put in elsewhere, and may repeat the text.
+            self._backend.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
             vocabulary = self._backend.get_vocab(with_added_tokens=True)
             ids = [*vocabulary.values(), *self._backend.get_added_tokens_decoder()]
             check_ids(ids)  # again: the library may have given tokens other ids than the file
