@@ -166,8 +166,8 @@ class TextDataModule(StreamDataModule):
         return self.options.expected_vocab_size
 
     def evaluator(self, split: str) -> TextEvaluator:
-        """Loss, token accuracy and bits per byte."""
-        return TextEvaluator(self.corpus.tokenizer.bytes_per_token)
+        """Loss, token accuracy and bits per byte of the texts themselves."""
+        return TextEvaluator(self.corpus.tokenizer.bytes_per_token, self.corpus.bytes_ratio(split))
 
     def fingerprint(self) -> dict[str, Any]:
         """The corpus's own, which covers every document and the tokeniser, and how it is cut."""

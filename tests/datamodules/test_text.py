@@ -1,4 +1,5 @@
 import hashlib
+import math
 import os
 import pickle
 import warnings
@@ -7,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models
+import torch
+from tokenizers import models, pre_tokenizers
 
 from src.build import compose_config
 from src.config import instantiate
@@ -160,3 +162,32 @@ def test_impossible_settings_are_refused(module, options, message):
 def test_a_source_that_needs_a_path_asks_for_it():
     with pytest.raises(ValueError, match=r"data\.path"):
         TextDataModule(TextFiles, window=9, batch_size=1, cache_dir="x")
+
+
+@pytest.mark.filterwarnings("ignore:the tokeniser of")
+def test_bits_per_byte_are_of_the_text_and_not_of_its_tokens(module, tmp_path):
+    """Tokens with a mark at the end of each word stand for more bytes than the text has."""
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={"<unk>": 0} | {f"{i}{end}": 1 + i + 10 * bool(end) for i in range(10) for end in ("", "</w>")},
+            merges=[],
+            unk_token="<unk>",
+            end_of_word_suffix="</w>",
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.save(str(tmp_path / "t.json"))
+    data = module(tokenizer=str(tmp_path / "t.json"))
+    stream, length = data.corpus.split("test"), 32
+    evaluator = data.evaluator("test")
+    every = torch.from_numpy(stream.windows(np.arange(stream.num_windows(length)), length))
+    mask = torch.ones_like(every, dtype=torch.bool)
+    count = every[:, 1:].numel()
+    logits = torch.zeros(count, data.vocab_size)
+    evaluator.update({"tokens": every, "loss_mask": mask}, logits, torch.full((count,), math.log(2)))
+    found = float(evaluator.compute()["bits_per_byte"])
+    # One bit for each token, over the bytes of the texts; the tail that fills no window is left out.
+    assert found == pytest.approx(stream.num_tokens / stream.num_bytes, rel=0.02)
+    unscaled = stream.num_tokens / data.corpus.tokenizer.bytes_per_token[stream.tokens].sum()
+    assert found > 1.5 * unscaled

@@ -28,6 +28,10 @@ from src.datamodules.corpora.splits import SPLITS
 from src.datamodules.corpora.tokenizer import Tokenizer
 from src.datamodules.permutation import permute_array
 
+EVALUATED = ("val", "test")
+"""The splits on which anything is measured per byte."""
+_COUNTED_AT_ONCE = 2**22
+
 
 class TokenStream:
     """The tokens of one split, memory-mapped on first use. Pickles as a path, so that workers map the same pages.
@@ -121,6 +125,7 @@ class Corpus:
         self.meta: dict[str, Any] = checked_meta(self.path)
         self.name: str = self.meta["name"]
         self.fingerprint: str = self.meta["fingerprint"]
+        self._token_bytes: dict[str, int] = dict(self.meta.get("token_bytes", {}))
         self._streams = {split: TokenStream(self.path, split, **self.meta["splits"][split]) for split in SPLITS}
 
     @functools.cached_property
@@ -136,8 +141,29 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        """Size of the tokeniser's vocabulary."""
-        return self.meta["tokenizer"]["vocab_size"]
+        """Size of the tokeniser's vocabulary: that of the file, not what meta.json says of it, which may ask for gigabytes."""
+        return self.tokenizer.vocab_size
+
+    def token_bytes(self, split: str) -> int:
+        """Return for how many bytes of text the tokens of a split stand, by `Tokenizer.bytes_per_token`.
+
+        From meta.json; counted where an earlier version has not written it.
+        """
+        if split not in self._token_bytes:
+            stream, table = self.split(split), self.tokenizer.bytes_per_token
+            starts = range(0, stream.num_tokens, _COUNTED_AT_ONCE)
+            pieces = (stream.tokens[start : start + _COUNTED_AT_ONCE] for start in starts)
+            self._token_bytes[split] = sum(int(table[piece].sum()) for piece in pieces)
+        return self._token_bytes[split]
+
+    def bytes_ratio(self, split: str) -> float:
+        """Return the bytes of a split's texts over those that its tokens stand for: 1 if they are the text, byte for byte.
+
+        A tokeniser that rewrites the text (lower case, a mark at the end of each word) has tokens whose bytes are not the
+        text's; what is measured per byte of its tokens is divided by this.
+        """
+        stand_for = self.token_bytes(split)
+        return self.split(split).num_bytes / stand_for if stand_for else 1.0
 
     def split(self, name: str) -> TokenStream:
         """Return the stream of split "train", "val" or "test"; CorpusError for another name."""

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from src.datamodules.corpora.definitions import LARGEST_ID
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.files import kind_of, open_regular, printable
 from src.datamodules.corpora.splits import SPLITS
@@ -35,7 +36,6 @@ CHECKED_CHUNKS = 16
 META = "meta.json"
 TOKENIZER = "tokenizer.json"
 _LARGEST_META = 2**26
-_LARGEST_VOCABULARY = 2**31
 _COUNTS = ("documents", "tokens", "bytes")
 
 
@@ -150,9 +150,12 @@ def _check_shape(meta: dict[str, Any]) -> None:
     for split, counts in meta["splits"].items():
         whole = set(counts) == set(_COUNTS) and all(map(_is_count, counts.values()))
         _require(whole, f"{META} is damaged: counts of the {split} split")
+    stand_for = meta.get("token_bytes", dict.fromkeys(SPLITS, 0))  # not written by earlier versions
+    whole = set(stand_for) == set(SPLITS) and all(map(_is_count, stand_for.values()))
+    _require(whole, f"{META} is damaged: its token_bytes are not a number for each split")
     tokenizer = meta["tokenizer"]
     size = tokenizer["vocab_size"]
-    whole = _is_count(size) and 0 < size <= _LARGEST_VOCABULARY
+    whole = _is_count(size) and 0 < size <= LARGEST_ID
     whole &= all(_is_count(tokenizer[key]) and tokenizer[key] < size for key in ("bos_id", "eos_id"))
     whole &= all(isinstance(value, str) for value in (tokenizer["bos"], tokenizer["eos"]))
     whole &= all(isinstance(meta[key], str) for key in ("name", "fingerprint"))

@@ -4,7 +4,8 @@
         {train,val,test}.tokens.npy     uint16 (uint32 above 65536 tokens), documents as BOS + tokens + EOS
         {train,val,test}.offsets.npy    int64, where documents start; last, their end
         tokenizer.json                  opens with Hugging Face tokenizers
-        meta.json                       source, options, counts, sizes and checksums of the files, library versions
+        meta.json                       source, options, counts, for how many bytes the tokens stand, sizes and checksums
+                                        of the files, library versions
 
 The fingerprint hashes the options and the source's files (`fingerprint_files`), so a change of either makes a new
 folder. A folder is built under a temporary name beside its place, written through to the disk and renamed: it is there
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from src.datamodules.corpora.corpus import Corpus
+from src.datamodules.corpora.corpus import EVALUATED, Corpus
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.integrity import (
     FORMAT,
@@ -74,7 +75,8 @@ def prepare(
             of its own while a library call does not return.
 
     Raises CorpusError if the source cannot be read, holds fewer than three distinct texts or changes meanwhile, or if an
-    option is impossible. A damaged folder is rebuilt with a warning that names the file.
+    option is impossible. A damaged folder is rebuilt with a warning that names the file. Warns whenever the tokens stand for
+    other bytes than the text has (see `Corpus.bytes_ratio`).
     """
     shares = SplitShares(val_share, test_share)
     cache_dir = Path(cache_dir).expanduser()
@@ -91,7 +93,7 @@ def prepare(
         if target.exists():
             heart.doing(lambda: f"checking {target}")
             try:
-                return _opened(target, fingerprint)
+                return _told(_opened(target, fingerprint))
             except DamagedCorpusError as error:
                 warnings.warn(f"cached corpus {target} is damaged: {error.problem}; building it again", stacklevel=2)
         try:
@@ -104,7 +106,7 @@ def prepare(
             if _fingerprint(source, tokenizer, shares) != fingerprint:
                 raise CorpusError(f"the files of source {source.name!r} changed while they were read: prepare it again")
             _install(folder, target, fingerprint)
-        return _opened(target, fingerprint)
+        return _told(_opened(target, fingerprint))
 
 
 def corpus_identity(
@@ -125,6 +127,20 @@ def _opened(target: Path, fingerprint: str) -> Corpus:
     corpus = Corpus(target)
     if corpus.fingerprint != fingerprint:
         raise DamagedCorpusError(target, f"meta.json is that of another corpus, {corpus.fingerprint}")
+    _ = corpus.tokenizer  # held against meta.json before anything is as large as that says
+    return corpus
+
+
+def _told(corpus: Corpus) -> Corpus:
+    """The corpus; whoever opens it is told if its tokens stand for other bytes than its text has."""
+    text = sum(corpus.split(split).num_bytes for split in EVALUATED)
+    tokens = sum(map(corpus.token_bytes, EVALUATED))
+    if tokens != text:
+        warnings.warn(
+            f"the tokeniser of {corpus.path} does not reproduce the text byte for byte: its tokens of the validation and test texts"
+            f" stand for {tokens} bytes, the texts have {text}; bits per byte are those of the texts, by the ratio of each split",
+            stacklevel=3,
+        )
     return corpus
 
 
@@ -158,7 +174,7 @@ def _build(
     total = sum(plan.bytes.values())
     tokenizer = _make_tokenizer(source, options, plan, heart)
     tokenizer.save(folder / TOKENIZER)
-    counts = _write_tokens(folder, source, plan, tokenizer, heart)
+    counts, token_bytes = _write_tokens(folder, source, plan, tokenizer, heart)
     tokens = sum(split["tokens"] for split in counts.values())
     meta = {
         "format": FORMAT,
@@ -174,6 +190,7 @@ def _build(
             **{"bos": tokenizer.bos, "eos": tokenizer.eos, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
         },
         "splits": counts,
+        "token_bytes": token_bytes,
         "libraries": {
             "python": platform.python_version(),
             **{package: version(package) for package in ("numpy", "tokenizers", "pyarrow")},
@@ -226,12 +243,13 @@ def _training_documents(source: Source, plan: SplitPlan) -> Iterator[Document]:
 
 def _write_tokens(
     folder: Path, source: Source, plan: SplitPlan, tokenizer: Tokenizer, heart: Heartbeat
-) -> dict[str, dict[str, int]]:
-    """Write the token and offset files; return the counts of documents, tokens and bytes of each split."""
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Write the token and offset files; return the counts of documents, tokens and bytes of each split, and for how many
+    bytes its tokens stand."""
     dtype = token_type(tokenizer.vocab_size)
     total = sum(plan.bytes.values())
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-    token_bytes = 0
+    token_bytes = dict.fromkeys(SPLITS, 0)
 
     def done() -> str:
         return f"tokenised {sum(split['bytes'] for split in counts.values()) / 1e6:.0f} of {total / 1e6:.0f} MB"
@@ -246,15 +264,8 @@ def _write_tokens(
                 counts[split]["documents"] += 1
                 counts[split]["tokens"] += len(ids) + 2
                 counts[split]["bytes"] += len(text.encode())
-                token_bytes += int(tokenizer.bytes_per_token[ids].sum())
-    text_bytes = sum(split["bytes"] for split in counts.values())
-    if token_bytes != text_bytes:
-        warnings.warn(
-            f"the tokeniser does not reproduce the text byte for byte: its tokens stand for {token_bytes} bytes, the"
-            f" text has {text_bytes}; bits per byte are off by that ratio",
-            stacklevel=2,
-        )
-    return counts
+                token_bytes[split] += int(tokenizer.bytes_per_token[ids].sum())
+    return counts, token_bytes
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

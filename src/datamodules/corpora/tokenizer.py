@@ -5,8 +5,8 @@
     bits per byte = (sum over tokens of the negative log-likelihood) / ln 2 / (sum over tokens of bytes_per_token)
 
 For byte-level tokenisers, ours and those of GPT-2 or Llama 3, the bytes of a document's tokens add up to its UTF-8
-length exactly. Tokenisers that rewrite the text (a space put in front, Unicode normalisation) are off by what they
-rewrite.
+length exactly. Those of tokenisers that rewrite the text (a space put in front, Unicode normalisation) are off by what
+they rewrite, which `Corpus.bytes_ratio` makes up for.
 """
 
 import functools

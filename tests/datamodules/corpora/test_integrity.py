@@ -103,6 +103,10 @@ class TestMeta:
             (("tokenizer", "vocab_size"), 10**6, r"tokens\.npy holds uint16"),
             (("tokenizer", "vocab_size"), 200, "name, fingerprint or tokenizer"),
             (("tokenizer", "vocab_size"), 10**30, "name, fingerprint or tokenizer"),
+            (("tokenizer", "vocab_size"), 2**24 + 1, "name, fingerprint or tokenizer"),
+            (("token_bytes",), 5, "is damaged"),
+            (("token_bytes", "val"), -1, "its token_bytes are not a number"),
+            (("token_bytes", "more"), 1, "its token_bytes are not a number"),
             (("tokenizer", "bos_id"), 258, "name, fingerprint or tokenizer"),
             (("tokenizer", "bos"), None, "name, fingerprint or tokenizer"),
             (("name",), 5, "name, fingerprint or tokenizer"),
@@ -217,6 +221,22 @@ class TestForeignFiles:
         forge(corpus.path)
         with pytest.raises(CorpusError, match=r"tokenizer\.json has (vocab_size|bos_id)"):
             _ = Corpus(corpus.path).tokenizer
+
+    def test_a_vocabulary_that_only_meta_json_has_builds_no_model(self, corpus, folder):
+        """Tokens as uint32 and new checksums: nothing but the tokenizer.json speaks against it."""
+        for split in ("train", "val", "test"):
+            path = corpus.path / f"{split}.tokens.npy"
+            tokens = np.load(path).astype(np.uint32)
+            with path.open("wb") as file:
+                np.lib.format.write_array(file, tokens, version=(1, 0))
+        forge(corpus.path, lambda meta: meta["tokenizer"].update(vocab_size=2**24))
+        with pytest.raises(
+            CorpusError, match=r"tokenizer\.json has vocab_size \d+, the tokens were made with 16777216"
+        ):
+            _ = Corpus(corpus.path).vocab_size
+        with pytest.warns(UserWarning, match=r"is damaged: tokenizer\.json has vocab_size .*building it again"):
+            again = prepare(TextFiles(folder), BYTES, corpus.path.parent, val_share=0.2, test_share=0.2)
+        assert again.vocab_size == 258
 
     def test_names_stay_in_the_cache(self, folder, tmp_path):
         source = TextFiles(folder, name="../../outside")

@@ -22,6 +22,7 @@ from src.datamodules.corpora import (
     TextFiles,
     Tokenizer,
     TokenizerOptions,
+    integrity,
     prepare,
     progress,
     store,
@@ -112,13 +113,33 @@ class TestContent:
         assert stream.tokens[0] == corpus.tokenizer.bos_id > 2**16
         assert corpus.tokenizer.bytes_per_token[stream.tokens].sum() == stream.num_bytes
 
-    def test_inexact_tokeniser_warns(self, folder, tmp_path):
+    @pytest.mark.parametrize("written", [True, False])
+    def test_inexact_tokeniser_warns_at_every_opening(self, folder, tmp_path, written, monkeypatch):
         backend = tokenizers.Tokenizer(models.WordLevel({"layer": 0, "canon": 1, "?": 2}, unk_token="?"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore
         backend.add_special_tokens(["<s>", "</s>"])
         backend.save(str(tmp_path / "tokenizer.json"))
-        with pytest.warns(UserWarning, match="does not reproduce the text byte for byte"):
-            prepare(TextFiles(folder), TokenizerOptions(str(tmp_path)), tmp_path / "cache")
+        if not written:  # as earlier versions left it
+
+            def without(folder, meta):
+                integrity.write_meta(folder, {key: value for key, value in meta.items() if key != "token_bytes"})
+
+            monkeypatch.setattr(store, "write_meta", without)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="does not reproduce the text byte for byte"):
+                corpus = prepare(TextFiles(folder), TokenizerOptions(str(tmp_path)), tmp_path / "cache")
+            assert ("token_bytes" in corpus.meta) == written
+            for split in SPLITS:
+                stream = corpus.split(split)
+                stand_for = corpus.tokenizer.bytes_per_token[stream.tokens].sum()
+                assert corpus.bytes_ratio(split) == pytest.approx(stream.num_bytes / stand_for)
+
+    def test_exact_tokenisers_do_not_warn(self, folder, tmp_path, recwarn):
+        for options in (BPE, TokenizerOptions("bytes")):
+            for _ in range(2):
+                corpus = prepare(TextFiles(folder), options, tmp_path / "cache")
+                assert {corpus.bytes_ratio(split) for split in SPLITS} == {1.0}
+        assert not [warning for warning in recwarn if "byte for byte" in str(warning.message)]
 
     def test_batches_bound_the_memory(self, folder, tmp_path, monkeypatch):
         whole = prepare(TextFiles(folder), BPE, tmp_path / "whole")
