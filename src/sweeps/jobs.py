@@ -35,11 +35,15 @@ class Start(NamedTuple):
 def is_finished(job: Job, root: Path) -> bool:
     """Whether a run of exactly this configuration has ended well, on the data that there are now."""
     run = Run(job.folder(root))
-    return run.is_finished(job.name) and not changed_data(run.results.get("data"), _expected(job))
+    return run.is_finished(job.name) and not changed_data(run.results.get("data"), expected_data(job.config["data"]))
 
 
-def _expected(job: Job) -> dict[str, Any]:
-    data = job.config["data"]
+def expected_data(data: dict[str, Any]) -> dict[str, Any]:
+    """What a run's results would say of its data, as the files are now; see ``StreamDataModule.expected_fingerprint``.
+
+    Args:
+        data: the section of a resolved configuration.
+    """
     return _of_task(json.dumps(data, sort_keys=True)) if "task" in data else _fingerprint(data)
 
 
@@ -83,7 +87,7 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
     where = [f"{key}={as_override(str(folder))}" for key in ("hydra.run.dir", "paths.output_dir")]
     command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, *where]
     run = Run(folder)
-    if tidy and run.is_finished(job.name) and changed_data(run.results.get("data"), _expected(job)):
+    if tidy and run.is_finished(job.name) and changed_data(run.results.get("data"), expected_data(job.config["data"])):
         _keep_other_run(folder)
     checkpoint = first_whole(newest_first(folder / "checkpoints"))
     if checkpoint is not None:

@@ -8,11 +8,13 @@ off is run to its end from its last checkpoint.
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +23,11 @@ from src.config import ConfigError, config_hash, to_plain
 from src.evaluation.evaluators import lower_is_better
 from src.files import Lock
 from src.reporting.registry import Run
-from src.sweeps.jobs import is_finished, lock_of
+from src.sweeps.jobs import expected_data, is_finished, lock_of
 from src.sweeps.local import POLL, Local, interruptible, launch, stop
 from src.sweeps.plan import Job, job_of
+
+log = logging.getLogger(__name__)
 
 JOB = "job"  # under which a trial's record names its job
 
@@ -84,8 +88,34 @@ class Search:
         """
         return config_hash({"base": self.base, "overrides": self.overrides, "space": self.space, "metric": self.metric})
 
-    def study(self, folder: Path) -> Any:
-        """Optuna's, as the journal in a folder has it.
+    def data_now(self) -> list[dict[str, Any]]:
+        """Which data the trials would be measured on, as the files are now: of the base, and of every choice that may name others.
+
+        Raises:
+            ConfigError: the base describes no data.
+        """
+        return [expected_data(section) for section in self._data_sections]
+
+    @cached_property
+    def _data_sections(self) -> list[dict[str, Any]]:
+        overrides = [*self.base, "compare=null", *self.overrides]
+        found = [job_of("search", "base", {}, overrides, thorough=False).config["data"]]
+        for key, values in self.space.items():
+            # A number between two ends is in the identity already, and names no file.
+            if "choices" in values and (key.startswith("data") or "." not in key):
+                for value in values["choices"]:
+                    try:
+                        found.append(job_of("search", "base", {key: value}, overrides, thorough=False).config["data"])
+                    except ConfigError:  # it needs another choice beside it; a trial without that says so itself
+                        continue
+        return found
+
+    def study(self, folder: Path, data: list[dict[str, Any]] | None = None) -> Any:
+        """Optuna's, as the journal in a folder has it: one study for each state of the data, whose scores are never mixed.
+
+        Args:
+            folder: of the journal.
+            data: what ``data_now`` has said; None asks it.
 
         Raises:
             ConfigError: Optuna is not installed.
@@ -104,9 +134,17 @@ class Search:
             "hyperband": optuna.pruners.HyperbandPruner,
             "none": optuna.pruners.NopPruner,
         }
+        storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
+        name = f"{self.identity}-{config_hash(self.data_now() if data is None else data)}"
+        known = [study.study_name for study in storage.get_all_studies()]
+        if name not in known and any(study.partition("-")[0] == self.identity for study in known):
+            log.warning(
+                f"{folder / 'optuna.journal'}: this search has trials on other data than there are now, or of an earlier version; "
+                "they stay in the journal and count no more, a new study begins"
+            )
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
-            study_name=self.identity,
+            storage=storage,
+            study_name=name,
             load_if_exists=True,
             direction="minimize" if lower_is_better(self.metric) else "maximize",
             pruner=pruners[self.pruner](),
@@ -131,26 +169,40 @@ class Search:
 
         Returns:
             Optuna's study.
+
+        Raises:
+            ConfigError: the metric is not measured on these data, or files of the data were replaced in the course of the search.
         """
         config = compose_config([*self.base, "compare=null", *self.overrides])
         check_measured("sweep.metric", self.metric, to_plain(config.data), where="on these data")
-        study = self.study(folder)
+        data = self.data_now()
+        study = self.study(folder, data)
         _take_up_what_was_cut_off(study)
-        _Trials(self, study, launcher, root, told).run()
+        _Trials(self, study, data, launcher, root, told).run()
         return study
 
 
 class _Trials:
-    def __init__(self, search: Search, study: Any, launcher: Local, root: Path, told: Callable[[Job, str, float], Any]):
-        self.search, self.study, self.launcher, self.root, self.told = search, study, launcher, root, told
+    def __init__(
+        self,
+        search: Search,
+        study: Any,
+        data: list[dict[str, Any]],
+        launcher: Local,
+        root: Path,
+        told: Callable[[Job, str, float], Any],
+    ):
+        self.search, self.study, self.data = search, study, data
+        self.launcher, self.root, self.told = launcher, root, told
         self.running: dict[int, _Trial] = {}  # by slot
+        self.replaced = False  # files of the data, since the study began
 
     def run(self) -> None:
         with interruptible():
             try:
-                while self._started() < self.search.trials or self.running:
+                while self._wants_more() or self.running:
                     for slot in range(self.launcher.workers):
-                        if slot not in self.running and self._started() < self.search.trials:
+                        if slot not in self.running and self._wants_more():
                             self._begin(slot)
                     for slot, trial in list(self.running.items()):
                         if self._ended(trial):
@@ -159,6 +211,14 @@ class _Trials:
             except KeyboardInterrupt:
                 stop([trial.process for trial in self.running.values()])
                 raise
+        if self.replaced:
+            raise ConfigError(
+                "sweep: files of the data were replaced in the course of the search, and scores on both are not compared; the same "
+                "command begins a new study"
+            )
+
+    def _wants_more(self) -> bool:
+        return not self.replaced and self._started() < self.search.trials
 
     def _started(self) -> int:
         """Trials that count: failed ones are replaced, up to as many again."""
@@ -169,6 +229,9 @@ class _Trials:
         return len(states) - min(failed, self.search.trials) - states.count(TrialState.WAITING)
 
     def _begin(self, slot: int) -> None:
+        self.replaced = self.search.data_now() != self.data
+        if self.replaced:  # what is running ends, and counts if it has not read the new ones
+            return
         trial = self.study.ask()
         job = self.search.job(trial)
         trial.set_user_attr(JOB, job.name)

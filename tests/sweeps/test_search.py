@@ -67,6 +67,58 @@ def test_another_search_does_not_answer_with_the_trials_of_the_first(tmp_path: P
         assert not search(**changes).study(tmp_path).trials, changes
 
 
+def on_text(folder: Path, word: str, **changes) -> Search:
+    """A search on a corpus of text files, which are written anew."""
+    folder.mkdir(exist_ok=True)
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"{word} {number}, and {word} once more. " * 8)
+    base = [option for option in TINY if not option.startswith("data")]
+    base += ["data=text_files", f"data.path={folder}", f"data.cache_dir={folder.parent / 'cache'}"]
+    base += ["data.tokenizer=bytes", "data.window=32", "data.batch_size=4", "data.val_share=0.2", "data.test_share=0.2"]
+    return search(base=base, space={"optimizer.lr": {"choices": [1e-3, 2e-2]}}, **changes)
+
+
+def test_scores_on_files_that_were_replaced_are_those_of_another_study(tmp_path: Path, caplog):
+    """All trials were finished; best and table are of the new files, and the old study is kept."""
+    import optuna
+
+    folder, root = tmp_path / "search", tmp_path / "jobs"
+    first = on_text(tmp_path / "texts", "one", trials=2).run(Local(threads=1), folder, root, lambda *_: None)
+    scores = {trial.value for trial in first.trials}
+    assert not caplog.records
+    told: list[str] = []
+    described = on_text(tmp_path / "texts", "Quite another", trials=2)
+    second = described.run(Local(threads=1), folder, root, lambda j, what, s: told.append(what))
+    assert "trials on other data than there are now" in caplog.text
+    assert "started" in told
+    assert not scores & {trial.value for trial in second.trials}
+    with write_trials(second, described, folder).open() as file:
+        assert {float(row["val/loss"]) for row in csv.DictReader(file)} == {trial.value for trial in second.trials}
+    kept = optuna.load_study(study_name=first.study_name, storage=first._storage)
+    assert {trial.value for trial in kept.trials} == scores
+
+
+def test_files_replaced_in_the_course_of_a_search_end_it(tmp_path: Path):
+    described = on_text(tmp_path / "texts", "one", trials=3)
+
+    def replace(job, what: str, seconds: float) -> None:
+        if what == "finished":
+            on_text(tmp_path / "texts", "two")
+
+    with pytest.raises(ConfigError, match="files of the data were replaced"):
+        described.run(Local(threads=1), tmp_path / "search", tmp_path / "jobs", replace)
+
+
+def test_the_data_of_every_choice_are_looked_at(tmp_path: Path):
+    """A corpus that is one of several choices is no part of the base's own data."""
+    described = on_text(tmp_path / "texts", "one")
+    on_text(tmp_path / "other", "one")
+    described = search(base=described.base, space={"data.path": {"choices": [str(tmp_path / "other")]}})
+    before = described.data_now()
+    on_text(tmp_path / "other", "two")
+    assert described.data_now() != before
+
+
 def test_a_metric_that_is_not_measured_is_found_before_any_trial(tmp_path: Path):
     with pytest.raises(ConfigError, match="sweep.metric=val/nonsense: not measured"):
         search(metric="val/nonsense").run(Local(threads=1), tmp_path, tmp_path / "jobs", lambda *_: pytest.fail("run"))
