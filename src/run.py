@@ -44,7 +44,7 @@ from src.files import Lock, put_aside, remove_parts, strange_in, write_text
 from src.fit import PLANNED, fit, log_at_step
 from src.modules.language_model import LanguageModel
 from src.modules.parallel import may_be_deferred
-from src.reporting.registry import Recorded, Run, peak_memory_bytes, write_json
+from src.reporting.registry import Recorded, Run, peak_memory_bytes, tell_other_code, write_json
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,7 @@ def alone_in(output_dir: Path) -> Iterator[None]:
 
 
 def _recorded(plain: dict[str, Any], identity: str, output_dir: Path, checkpoint: str | None) -> dict[str, float]:
+    tell_other_code(checkpoint)
     with Recorded(output_dir, identity, checkpoint) as recorded:
         leave_out: set[int] = set()
         while True:

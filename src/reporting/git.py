@@ -32,6 +32,35 @@ def git_state() -> dict[str, Any] | None:
     }
 
 
+def code_words(git: Any) -> str:
+    """A state of the code as ``git_state`` has written it down: b3059359c, or b3059359c with changes 1a2b3c; empty if it is not known.
+
+    Args:
+        git: of a record, of any age and from anybody.
+    """
+    commit, changes = (git.get(key) if isinstance(git, dict) else None for key in ("commit", "diff_sha256"))
+    if not isinstance(commit, str) or not commit:
+        return ""
+    if not git.get("dirty"):
+        return commit[:9]
+    return f"{commit[:9]} with changes" + (f" {changes[:6]}" if isinstance(changes, str) and changes else "")
+
+
+def code_of(record: dict[str, Any]) -> str:
+    """The states of the code that made a run, first to last: that of its last attempt, and of those that this one has gone on from.
+
+    Args:
+        record: run.json.
+    """
+    states: list[str] = []
+    for attempt in (record, *reversed(record.get("earlier") or [])):
+        if (words := code_words(attempt.get("git"))) and words not in states:
+            states.insert(0, words)
+        if not attempt.get("resumed_from"):  # what was before it has left nothing in its weights
+            break
+    return ", then ".join(states)
+
+
 def _new_file(name: str) -> str:
     try:
         return f"\n?? {name}\n{hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}"

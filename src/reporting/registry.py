@@ -31,7 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from src.files import write_text
 from src.reporting.foreign import Unreadable
-from src.reporting.git import git_state
+from src.reporting.git import code_words, git_state
 from src.reporting.runs import (
     COSTS,
     FAILED,
@@ -138,6 +138,23 @@ class Recorded:
             if (before.get("started"), before.get("pid")) != (self.attempt["started"], self.attempt["pid"]):
                 earlier.append(before)
         write_json(self.path, self.attempt | {"earlier": earlier})
+
+
+@rank_zero_only
+def tell_other_code(checkpoint: str | None) -> None:
+    """Warns when the run of a checkpoint has last been at work under other code than there is here: its results will be of both.
+
+    Args:
+        checkpoint: that a run goes on from, in the folder ``checkpoints`` of the run that wrote it; None for a run from the start.
+    """
+    if checkpoint is None:
+        return
+    folder = Path(checkpoint).resolve().parent.parent
+    before, now = code_words(Run(folder).record.get("git")), code_words(git_state())
+    if before and now and before != now:
+        log.warning(
+            f"going on with other code than before: {before} there, {now} here; the results will be of both ({folder / 'run.json'})"
+        )
 
 
 def environment() -> dict[str, Any]:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.evaluation.names import lower_is_better
 from src.reporting.foreign import Unreadable, clean_text
+from src.reporting.git import code_of
 from src.reporting.manifest import read_manifest, write_manifest  # noqa: F401 (the second for others)
 from src.reporting.runs import COSTS, FINISHED, UNREADABLE, Run, find, find_runs
 from src.reporting.schema import LARGEST
@@ -73,7 +74,12 @@ class Cell:
     folders: dict[str, str] = field(repr=False)  # "rate/seed" -> folder
     costs: dict[str, float] = field(repr=False)  # means over the runs at the best rate
     commands: list[str] = field(repr=False)  # that repeat the runs at the best rate
-    remarks: list[str] = field(default_factory=list, repr=False)  # what must be known of how the rate was chosen
+    remarks: list[str] = field(
+        default_factory=list, repr=False
+    )  # what must be known of the choice of the rate, and of the code
+    code: Counter[str] = field(
+        default_factory=Counter, repr=False
+    )  # states of the code -> how many of its runs they have made
 
     @cached_property
     def setting(self) -> str:
@@ -123,6 +129,9 @@ class SweepResults:
         self.runs: dict[str, Run] = {}  # by folder, as they have been read
         # By folder: when the run ended, on which data, and which data its plan asks for.
         self.origins: dict[str, tuple[str, str, str]] = {}
+        self.code: dict[
+            str, str
+        ] = {}  # by folder: the state of the code that made the run, empty where that is not known
 
     @property
     def name(self) -> str:
@@ -182,6 +191,8 @@ class SweepResults:
         # Manifests of before do not say which data a job asks for; those of a variant are the same.
         asked = job.get("data") or f"of {job['variant']}"
         self.origins[folder] = (str(run.record.get("ended") or ""), _data_of(run), asked)
+        if folder not in self.code:  # of two jobs in one folder, the second finds a record that has been slimmed
+            self.code[folder] = code_of(run.record)
         run.slim()
         return {
             "job": job["name"],
@@ -261,6 +272,7 @@ class SweepResults:
         rate, remarks = self._chosen(rows)
         chosen = [row for row in done if row["learning_rate"] == rate]
         costs = {key: [row[key] for row in chosen if row[key] is not None] for key in COSTS}
+        code = Counter(state for row in done if (state := self.code[row["folder"]]))
         return Cell(
             task=task,
             variant=rows[0]["variant"],
@@ -276,7 +288,8 @@ class SweepResults:
             folders={f"{row['learning_rate']}/{row['seed']}": row["folder"] for row in done},
             costs={key: sum(values) / len(values) for key, values in costs.items() if values},
             commands=[row["command"] for row in chosen],
-            remarks=remarks,
+            remarks=remarks + _of_code(code),
+            code=code,
         )
 
     def _chosen(self, rows: list[dict[str, Any]]) -> tuple[float, list[str]]:
@@ -327,7 +340,9 @@ class SweepResults:
             for side in sides
             for cell in side
             for remark in cell.remarks
+            if remark not in _of_code(cell.code)
         ]
+        remarks += _of_code(sum((cell.code for side in sides for cell in side), Counter()))
         if all(sides):
             found = compare(*sides)
             best = _best_difference(*sides)
@@ -356,6 +371,15 @@ def _data_of(run: Run) -> str:
     if not isinstance(data, dict):
         return ""
     return json.dumps({key: value for key, value in data.items() if key != "seed"}, sort_keys=True, default=str)
+
+
+def _of_code(code: Counter[str]) -> list[str]:
+    """What to say of runs that are compared, where more than one state of the code has made them."""
+    if len(code) < 2:
+        return []
+    shown = ", ".join(f"{state} ({count} run{'' if count == 1 else 's'})" for state, count in code.most_common(4))
+    more = f" and {len(code) - 4} more" if len(code) > 4 else ""
+    return [f"its runs were made by {len(code)} states of the code: {shown}{more}"]
 
 
 def compare(better: list[Cell], than: list[Cell]) -> Difference | None:

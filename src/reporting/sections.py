@@ -389,7 +389,7 @@ def facts(tables: SweepTables, statuses: Mapping[str, int]) -> list[tuple[str, s
     seconds = sum(attempt.get("seconds") or 0.0 for attempt in attempts)
     flops = sum(job["training_flops"] or 0.0 for job in tables.jobs)
     left = ", ".join(f"{count} {status}" for status, count in statuses.items() if status != FINISHED)
-    code = Counter(_code(run) for run in runs if run.record)
+    code = Counter(tables.sweep.code[name] or "no commit" for name, run in tables.runs.items() if run.record)
     found = [
         ("runs", f"{statuses.get(FINISHED, 0)} of {len(tables.jobs)} finished" + (f"; {left}" if left else "")),
         ("compute", f"{duration(seconds)} of runs, {compact(flops, 'FLOP')} of training" if attempts else "none yet"),
@@ -419,12 +419,6 @@ def _machine(run: Run) -> str:
         return " + ".join(f"{count} × {name}" for name, count in gpus.items())
     cpus = there.get("cpus")
     return f"{there.get('processor', 'unknown')}, {cpus} CPU{'' if cpus == 1 else 's'}"
-
-
-def _code(run: Run) -> str:
-    git = run.record.get("git") or {}
-    commit = (git.get("commit") or "no commit")[:9]
-    return commit + (" with changes" if git.get("dirty") else "")
 
 
 def _shown(line: Line, key: str) -> str:

@@ -1,6 +1,7 @@
 """From runs to verdicts: which learning rate counts, what is paired, what may be said."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ import pytest
 from src.evaluation import task_evaluators  # noqa: F401 (all evaluators)
 from src.evaluation.evaluators import Evaluator
 from src.evaluation.names import lower_is_better
+from src.reporting.git import code_of
 from src.reporting.manifest import data_name
 from src.reporting.registry import write_json
 from src.reporting.results import SweepResults, compare, find_sweeps, judge, write_manifest
+from src.reporting.sections import facts
 from src.reporting.statistics import difference
+from src.reporting.tables import SweepTables
 from src.sweeps.plan import Job, Statement, Sweep
 from tests.reporting.fake_sweeps import make_sweep
 
@@ -311,6 +315,69 @@ def test_runs_on_files_that_were_replaced_are_not_compared_with_those_on_the_new
     rows = SweepResults(sweep.path).rows
     assert {row["status"] for row in rows} == {"finished", "of other data"}
     assert sum(row["value"] is None for row in rows) == len(folders) // 2
+
+
+def of_code(sweep: SweepResults, states: list[dict | None]) -> SweepResults:
+    """The runs of a sweep as states of the code have made them, another for each seed."""
+    for job in sweep.plan["jobs"]:
+        path = sweep.path.parent / job["folder"] / "run.json"
+        write_json(path, json.loads(path.read_text()) | {"git": states[job["seed"] % len(states)]})
+    return SweepResults(sweep.path)
+
+
+def changed(hash_of_changes: str, commit: str = "b3059359c0") -> dict:
+    return {"commit": commit, "dirty": True, "diff_sha256": hash_of_changes}
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (
+            [changed("1a2b3c4d"), changed("9f8e7d6c")],
+            ["b3059359c with changes 1a2b3c", "b3059359c with changes 9f8e7d"],
+        ),
+        ([changed("1", "b" * 40), changed("1", "c" * 40)], ["bbbbbbbbb with changes 1", "ccccccccc with changes 1"]),
+        (
+            [{"commit": "b" * 40, "dirty": False}, {"commit": "b" * 40, "dirty": True}],
+            ["bbbbbbbbb", "bbbbbbbbb with changes"],
+        ),
+    ],
+)
+def test_runs_of_more_than_one_state_of_the_code_are_told(tmp_path, states, said):
+    found = of_code(make_sweep(tmp_path, tasks=("Depo",), rates=(2e-3,), unfinished=0, failed=0), states)
+    expected = f"2 states of the code: {said[1]} ({{}} runs), {said[0]} ({{}} run"
+    assert all(len(cell.remarks) == 1 and expected.format(2, 1) in cell.remarks[0] for cell in found.cells)
+    for verdict in found.verdicts:
+        assert len(verdict.remarks) == 1
+        assert expected.format(4, 2) in verdict.remarks[0]
+    assert dict(facts(SweepTables(found), Counter()))["code"] == f"{said[1]} (8 runs); {said[0]} (4 runs)"
+
+
+def test_variants_that_other_code_has_run_are_told_in_the_verdict_alone(tmp_path):
+    """Each cell is of one state; what is compared is not."""
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("none", "ABCD"), rates=(2e-3,), unfinished=0, failed=0)
+    for job in sweep.plan["jobs"]:
+        path = sweep.path.parent / job["folder"] / "run.json"
+        write_json(path, json.loads(path.read_text()) | {"git": changed(job["variant"])})
+    found = SweepResults(sweep.path)
+    assert not any(cell.remarks for cell in found.cells)
+    assert "2 states of the code" in found.verdicts[0].remarks[0]
+
+
+def test_runs_that_do_not_say_which_code_made_them_are_silent(tmp_path):
+    sweep = make_sweep(tmp_path, tasks=("Depo",), rates=(2e-3,), unfinished=0, failed=0)
+    found = of_code(sweep, [None, {}, {"commit": None, "dirty": True}, changed("1")])
+    assert not any(cell.remarks for cell in found.cells)
+    assert not any(verdict.remarks for verdict in found.verdicts)
+
+
+def test_a_run_that_went_on_under_other_code_is_of_both(tmp_path):
+    first = {"git": changed("1"), "resumed_from": None}
+    assert code_of({"git": changed("2"), "resumed_from": "a.ckpt", "earlier": [first]}) == (
+        "b3059359c with changes 1, then b3059359c with changes 2"
+    )
+    # One that began anew has nothing of what was before.
+    assert code_of({"git": changed("2"), "resumed_from": None, "earlier": [first]}) == "b3059359c with changes 2"
 
 
 def test_variants_that_ask_for_other_data_keep_their_runs(tmp_path):

@@ -280,4 +280,18 @@ def test_a_resumed_run_says_from_where(tmp_path, caplog):
     (tmp_path / "results.json").unlink()
     tiny_run(tmp_path, "callbacks.checkpoint.every_n_train_steps=3", "ckpt_path=auto")
     assert "going on after step 3" in caplog.text
+    assert "other code" not in caplog.text
     assert json.loads((tmp_path / "run.json").read_text())["resumed_from"].endswith("step00000003.ckpt")
+
+
+def test_a_resumed_run_says_when_other_code_wrote_its_checkpoint(tmp_path, caplog, monkeypatch):
+    here = {"commit": "b3059359c0", "dirty": True, "diff_sha256": "9f8e7d6c"}
+    monkeypatch.setattr("src.reporting.registry.git_state", lambda: here)
+    tiny_run(tmp_path, "callbacks.checkpoint.every_n_train_steps=3")
+    (tmp_path / "checkpoints" / "final.ckpt").unlink()
+    (tmp_path / "results.json").unlink()
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"git": here | {"diff_sha256": "1a2b3c4d"}}))
+    tiny_run(tmp_path, "callbacks.checkpoint.every_n_train_steps=3", "ckpt_path=auto")
+    told = "other code than before: b3059359c with changes 1a2b3c there, b3059359c with changes 9f8e7d here"
+    assert told in caplog.text
