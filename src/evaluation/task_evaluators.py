@@ -7,6 +7,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from src.components.backbone import Backbone
@@ -99,14 +100,15 @@ class TaskEvaluator(Evaluator):
 class LanoEvaluator(TaskEvaluator):
     """Adds how far the predicted distributions are from the grammar's: ``kl``, with ``leaked`` and ``entropy``.
 
-    Taken over the first sentence of every window, which nothing precedes but <bos>; one that the window cuts is left out.
-    ``kl`` is the mean over sentences of the mean over rows (nats); ``leaked`` the probability that the model gives to tokens outside of
-    the grammar; ``entropy`` that of the exact distributions, below which no model's loss can be; ``kl_sentences`` how many sentences
-    that were.
+    ``kl`` and ``leaked`` are taken over the first sentence of every window, which nothing precedes but <bos>; one that the window cuts is
+    left out. ``kl`` is the mean over sentences of the mean over rows (nats); ``leaked`` the probability that the model gives to tokens
+    outside of the grammar; ``kl_sentences`` how many sentences that were. ``entropy`` is that of the exact distributions, over every
+    target of every window as ``loss`` is: the loss that a perfect model is expected to have. What such a model really has on these
+    windows scatters around it, as the tokens that came up are more or less probable than usual.
     """
 
     measures = (*Evaluator.measures, "kl", "leaked", "entropy", "kl_sentences")
-    distribution_sums: Tensor  # kl, leaked, entropy, sentences
+    distribution_sums: Tensor  # kl and leaked over first sentences, entropy over targets, first sentences
 
     def __init__(self, task: Task, seed: int, split: str, written: int, batch_size: int):
         super().__init__(task, seed, split, written, batch_size)
@@ -119,21 +121,43 @@ class LanoEvaluator(TaskEvaluator):
         tokens = batch["tokens"].cpu().numpy()
         by_position = logits.view(tokens.shape[0], tokens.shape[1] - 1, -1)
         outcomes = torch.tensor([task.stop_id, *range(1, task.language.terminals + 1)], device=logits.device)
-        ends = (tokens[:, 1:] == task.stop_id).argmax(axis=1) + 1
-        whole = np.flatnonzero(tokens[np.arange(len(tokens)), ends] == task.stop_id)
-        exact = task.next_token_distributions([tokens[row, 1 : ends[row]] for row in whole])
-        for row, truth in zip(whole, exact, strict=True):
-            model = by_position[row, : ends[row]].double().softmax(dim=-1)[:, outcomes].cpu().numpy()
-            found = (kl_divergence(truth, model), 1 - model.sum(axis=1).mean(), entropy(truth).mean(), 1.0)
-            self.distribution_sums += torch.tensor(found, dtype=torch.float64, device=logits.device)
+        whole, cut = _sentences(tokens, task)
+        exact = task.next_token_distributions([sentence for _, _, sentence in whole])
+        # Behind the last token of a beginning there is no target any more.
+        begun = [rows[:-1] for rows in task.next_token_distributions(cut, whole=False)]
+        nats = sum(float(entropy(rows).sum()) for rows in exact + begun)
+        self.distribution_sums += torch.tensor([0, 0, nats, 0], dtype=torch.float64, device=logits.device)
+        for (row, start, _), truth in zip(whole, exact, strict=True):
+            if start == 0:
+                model = by_position[row, : len(truth)].double().softmax(dim=-1)[:, outcomes].cpu().numpy()
+                found = (kl_divergence(truth, model), 1 - model.sum(axis=1).mean(), 0.0, 1.0)
+                self.distribution_sums += torch.tensor(found, dtype=torch.float64, device=logits.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Adds the means over sentences, if any was whole."""
-        if not self.distribution_sums[3]:
-            return super().compute()
-        means = self.distribution_sums[:3] / self.distribution_sums[3]
-        found = dict(zip(("kl", "leaked", "entropy"), means, strict=True))
-        return super().compute() | found | {"kl_sentences": self.distribution_sums[3]}
+        """Adds ``entropy``, and the means over first sentences, if any was whole."""
+        kl, leaked, nats, sentences = self.distribution_sums
+        found = super().compute() | {"entropy": nats / self.targets}
+        return found | (
+            {"kl": kl / sentences, "leaked": leaked / sentences, "kl_sentences": sentences} if sentences else {}
+        )
+
+
+def _sentences(
+    tokens: NDArray[np.int64], task: Lano
+) -> tuple[list[tuple[int, int, NDArray[np.int64]]], list[NDArray[np.int64]]]:
+    """The sentences of windows: row, place of its <bos> and terminals of each that ends in its window; and what there is of the others."""
+    whole, cut = [], []
+    for number, row in enumerate(tokens):
+        starts = np.flatnonzero(row == task.bos_id)
+        for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
+            sentence = row[start + 1 : end]
+            if len(sentence) and sentence[-1] == task.eos_id:
+                whole.append((number, int(start), sentence[:-1]))
+            elif end < len(row):
+                whole.append((number, int(start), sentence))
+            else:
+                cut.append(sentence)
+    return whole, cut
 
 
 class CapoEvaluator(TaskEvaluator):

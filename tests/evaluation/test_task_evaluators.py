@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,38 @@ def test_a_model_of_the_grammar_has_no_divergence(terminator):
     assert found[1.0]["kl"] > 0.3
     assert found[0.0]["leaked"] == pytest.approx(0, abs=1e-6)
     assert found[0.0]["entropy"] == found[1.0]["entropy"] > 0.3
+
+
+@pytest.mark.parametrize("terminator", ["bos", "eos"])
+@pytest.mark.parametrize(("grammar", "levels", "length"), [("cfg3f", 3, 256), ("cfg3k", 3, 61), ("cfg3f", 4, 60)])
+def test_the_entropy_is_the_expected_loss_of_a_perfect_model(grammar, levels, length, terminator):
+    """Over everything that is scored: what a model that knows the grammar loses differs by chance alone."""
+    task = Lano(grammar=grammar, levels=levels, terminator=terminator)
+    batch = windows(task, length, count=64)
+    truth = []  # of each target its row over the whole vocabulary
+    for row in batch["tokens"].numpy():
+        starts = [*np.flatnonzero(row == task.bos_id), length]
+        for start, end in pairwise(starts):
+            bare = [int(t) for t in row[start + 1 : end] if t != task.eos_id]
+            exact = task.next_token_distributions([bare], whole=False)[0]
+            rows = np.zeros(
+                (end - start, task.vocab_size)
+            )  # after <bos>, and after each token up to the next one's <bos>
+            rows[: len(exact), [task.stop_id, *range(1, task.language.terminals + 1)]] = exact[: end - start]
+            rows[len(exact) :, task.bos_id] = 1  # behind <eos>
+            truth.append(rows[: end - start - (end == length)])
+    rows = torch.from_numpy(np.concatenate(truth))
+    targets = targets_of(batch)
+    assert len(rows) == len(targets)
+    logits = rows.clamp(min=1e-30).log()
+    evaluator = LanoEvaluator(task, 0, "val", 10, 8)
+    nll = nll_of(logits, targets)
+    evaluator.update(batch, logits, nll)
+    found = {name: float(value) for name, value in evaluator.compute().items()}
+    nats = -(rows * logits).sum(dim=-1)
+    assert found["entropy"] == pytest.approx(float(nats.mean()), abs=1e-6)
+    assert abs(found["loss"] - found["entropy"]) < 4 * float((nll - nats).std()) / len(nll) ** 0.5
+    assert 0 < found.get("kl_sentences", 64) <= 64
 
 
 def test_a_model_that_writes_sentences_is_right():

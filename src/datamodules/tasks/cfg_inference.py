@@ -67,22 +67,28 @@ class Inference:
             int(n) if n < 2.0**53 else self._count_exactly(string) for n, string in zip(counts, strings, strict=True)
         ]
 
-    def next_token_distributions(self, strings: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
+    def next_token_distributions(self, strings: Sequence[ArrayLike], whole: bool = True) -> list[NDArray[np.float64]]:
         """``[T + 1, V + 1]`` for each sentence of T tokens; column 0 is the end of the sentence, column t terminal t.
 
+        Args:
+            strings: the sentences.
+            whole: whether they are; else they are the beginnings of sentences, which may be empty.
+
         Raises:
-            ValueError: for a string that is not a sentence.
+            ValueError: for a string that is not a sentence, or not the beginning of one.
         """
         if len(strings) == 0:
             return []
         tokens, starts = self._flatten(strings)
-        outside = self._out_of_range(starts)
+        outside = self._out_of_range(starts) if whole else np.diff(starts) > self.grammar.max_length
+        told = self._not_a_sentence if whole else f"begins no sentence of {self.grammar.label}"
         if outside.any():
-            raise ValueError(f"string {int(outside.argmax())} {self._not_a_sentence}")
+            raise ValueError(f"string {int(outside.argmax())} {told}")
         rows = np.zeros((len(tokens) + len(strings), self.grammar.terminals + 1))
-        number, found = _distributions(self._tables, self._uniform, self._ones, self._scale, tokens, starts, rows)
+        given = (self._tables, self._uniform, self._ones, self._scale, tokens, starts, rows, whole)
+        number, found = _distributions(*given)
         if number >= 0 and not found:
-            raise ValueError(f"string {number} {self._not_a_sentence}")
+            raise ValueError(f"string {number} {told}")
         if number >= 0:
             raise FloatingPointError(f"string {number}: its probabilities are out of float64's range")
         return np.split(rows, starts[1:-1] + np.arange(1, len(strings)))
@@ -362,8 +368,11 @@ def _normalise(tables, tokens, chart, forward, rows):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _distributions(tables, uniform, ones, scale, tokens, starts, rows):
-    """Fills all strings' rows, one below the other. Returns the first string that fails or -1, and whether it is a sentence."""
+def _distributions(tables, uniform, ones, scale, tokens, starts, rows, whole):
+    """Fills all strings' rows, one below the other. Returns the first string that fails or -1, and whether it is a sentence.
+
+    Where strings are not whole: whether it is the beginning of one.
+    """
     longest = 0
     for n in range(starts.shape[0] - 1):
         longest = max(longest, starts[n + 1] - starts[n])
@@ -377,10 +386,15 @@ def _distributions(tables, uniform, ones, scale, tokens, starts, rows):
             chart = _fill_chart(tables, uniform, own_scale, string, chart)
             _forward(tables, uniform, string, chart, forward)
             own_rows = rows[starts[n] + n : starts[n + 1] + n + 1]
-            if _whole(tables, string, chart) > 0.0 and _normalise(tables, string, chart, forward, own_rows):
+            possible = not whole or _whole(tables, string, chart) > 0.0
+            if possible and _normalise(tables, string, chart, forward, own_rows):
                 break
-            if attempt == 0:
+            if attempt == 0:  # is it too small a number, or nothing?
                 parses, chart = _count_one(tables, ones, string, chart)
+                if not whole:
+                    _forward(tables, ones, string, chart, forward)
+                    for symbol in range(1, tables.root):
+                        parses += forward[string.shape[0], symbol]
                 if parses == 0.0:
                     return n, False
             if attempt == 8:

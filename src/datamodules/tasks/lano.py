@@ -237,9 +237,15 @@ class Lano(Task):
         """
         return self.next_token_distributions([tokens])[0]
 
-    def next_token_distributions(self, strings: Sequence[ArrayLike] | NDArray[np.int64]) -> list[NDArray[np.float64]]:
-        """``next_token_distribution`` of many sentences."""
-        return self._inference.next_token_distributions([self._bare(tokens) for tokens in strings])
+    def next_token_distributions(
+        self, strings: Sequence[ArrayLike] | NDArray[np.int64], whole: bool = True
+    ) -> list[NDArray[np.float64]]:
+        """``next_token_distribution`` of many sentences, or, if they are not ``whole``, of the beginnings of sentences.
+
+        Raises:
+            ValueError: when one is not a sentence of the language, or not the beginning of one.
+        """
+        return self._inference.next_token_distributions([self._bare(tokens) for tokens in strings], whole)
 
     def parse(self, tokens: ArrayLike) -> list[list[Span]]:
         """One derivation tree, root first: the (symbol, first position, last position) of every layer; see ``Inference.parse``."""
@@ -287,7 +293,10 @@ def kl_divergence(exact: NDArray[np.float64], model: NDArray[np.float64], eps: f
 
 
 def entropy(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Entropy of every row in nats, ``[.., n] -> [..]``; its mean is the loss of a perfect model."""
+    """Entropy of every row in nats, ``[.., n] -> [..]``.
+
+    Its mean over all targets, of all sentences alike, is the loss that a perfect model is expected to have.
+    """
     return -np.sum(rows * np.log(np.where(rows > 0, rows, 1.0)), axis=-1)
 
 

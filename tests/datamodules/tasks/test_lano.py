@@ -149,6 +149,16 @@ def test_worked_examples(name, length, start, first_row, nats):
         assert kl_divergence(rows, stopping) == 0.0
 
 
+def test_beginnings_of_sentences_have_the_rows_of_the_sentences():
+    lano, tokens = task("cfg3k"), known("cfg3k")
+    rows = lano.next_token_distribution(tokens)
+    for length in (0, 1, 100, 625):
+        [begun] = lano.next_token_distributions([tokens[:length]], whole=False)
+        assert begun == pytest.approx(rows[: length + 1], abs=1e-12)
+    with pytest.raises(ValueError, match="string 1 begins no sentence of cfg3k"):
+        lano.next_token_distributions([[1], [1, 7]], whole=False)
+
+
 def test_divergence_weighs_by_the_distribution_without_smoothing():
     exact, model = np.array([[0.5, 0.5], [1.0, 0.0]]), np.array([[0.25, 0.25], [0.0, 1.0]])
     assert kl_divergence(exact, model) == pytest.approx((0 + math.log((1 + 1e-5) / 1e-5)) / 2)
