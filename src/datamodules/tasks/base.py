@@ -121,6 +121,14 @@ class Task(ABC):
         """What gives token ids their meaning, in plain values: a model of one task can be scored on another with the same."""
         return {"vocab_size": self.vocab_size}
 
+    def facts(self, seed: int) -> dict[str, Any]:
+        """What a model can know from training alone, in plain values: one that was trained with others has not been told of these.
+
+        Args:
+            seed: of the data.
+        """
+        return {}
+
     def fingerprint(self) -> dict[str, Any]:
         """What determines the examples besides seed, split and index, in plain values."""
         return {"task": self.name} | dataclasses.asdict(self)  # type: ignore[call-overload]

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -148,6 +148,10 @@ class Capo(Task):
             city, employer = (city + 1) / 2, (1 / EMPLOYERS + employer) / 2
         shares = (1 / NUM_BIRTHDAYS, 1 / CITIES, 1 / UNIVERSITIES, 1 / FIELDS, city, employer)
         return shares[FACTS.index(group)]
+
+    def facts(self, seed: int) -> dict[str, Any]:
+        """See ``Task.facts``: the people, whom the seed draws, and how many there are, on which a bit of their names depends."""
+        return {"data.seed": seed, "data.task.num_people": self.num_people}
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text made of the task's words; ``decode`` gives it back."""

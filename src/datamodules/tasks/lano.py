@@ -135,7 +135,15 @@ class Lano(Task):
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Task.fingerprint``; a file of rules may change under its name, so they are part of it."""
-        return super().fingerprint() | {"rules": zlib.crc32(str(self.language).encode())}
+        return super().fingerprint() | {"rules": self._rules}
+
+    def facts(self, seed: int) -> dict[str, Any]:
+        """See ``Task.facts``: the grammar."""
+        return {"data.task.grammar": self.grammar, "data.task.levels": self.levels, "rules": self._rules}
+
+    @property
+    def _rules(self) -> int:
+        return zlib.crc32(str(self.language).encode())
 
     # ---- examples ----------------------------------------------------------------------------------------------------
 
