@@ -106,7 +106,7 @@ def of_checkpoint(section: Any, where: str, path: Path) -> Any:
     try:
         return instantiate(section, where)
     except Exception as error:  # whatever a constructor says of arguments that make no sense
-        raise CheckpointError(f"checkpoint {path}: {printable(error)}") from error
+        raise CheckpointError(f"checkpoint {printable(path)}: {printable(error)}") from error
 
 
 def check_same_vocabulary(checkpoint: dict[str, Any], asked: StreamDataModule, path: Path) -> None:
@@ -264,7 +264,9 @@ def precision_of(trainer: dict[str, Any], path: Path) -> tuple[Any, list[str]]:
 
 def _word(value: Any, path: Path) -> Any:
     if value is not None and not isinstance(value, str | int):
-        raise CheckpointError(f"checkpoint {path}: its trainer's accelerator and precision are words, not objects")
+        raise CheckpointError(
+            f"checkpoint {printable(path)}: its trainer's accelerator and precision are words, not objects"
+        )
     return value
 
 
@@ -279,7 +281,7 @@ def report(
 ) -> None:
     """Prints the metrics with their intervals and writes them, with what is to be said of them, to the output folder."""
     found, chance = intervals(counts), datamodule.chance()
-    print_scores(f"{checkpoint} at step {step}", metrics, found, chance)
+    print_scores(f"{printable(checkpoint)} at step {step}", metrics, found, chance)
     result = {
         "checkpoint": str(checkpoint),
         "step": step,

@@ -95,7 +95,11 @@ def reshard(path: Path, out: Path, files: int) -> int:
     _refuse_existing(out)
     if files < 1:
         raise CheckpointError(f"--files {files}: at least 1")
-    write_shards(read_checkpoint(path), out, files)
+    checkpoint = read_checkpoint(path)
+    try:
+        write_shards(checkpoint, out, files)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {printable(path)}: {printable(error)}") from error
     print(f"{out}: {describe(out)['files']} files")
     return 0
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from src.build import model_from_config
 from src.checkpoints.contents import check_contents
-from src.checkpoints.integrity import PREFIX, damage, step_of
+from src.checkpoints.described import check_types, described_model, weights_of
+from src.checkpoints.integrity import damage, step_of
 from src.checkpoints.plain import load_plain
 from src.checkpoints.sharded import META, check_shards, is_sharded, read_metadata, read_shards
 from src.components.backbone import Backbone
@@ -86,7 +86,7 @@ def problem_of(path: Path, *, thorough: bool = False) -> str | None:
     """
     found = damage(path)
     if found is not None:
-        return found
+        return printable(found)
     try:
         _opened(path, "none")
         if is_sharded(path):
@@ -104,7 +104,7 @@ def first_whole(candidates: Iterable[Path]) -> Path | None:
         problem = problem_of(path)
         if problem is None:
             return path
-        log.warning(f"checkpoint {path} is damaged: {problem}; it is passed over")
+        log.warning(f"checkpoint {printable(path)} is damaged: {problem}; it is passed over")
     return None
 
 
@@ -150,6 +150,7 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointError: there is none, or none that is whole.
     """
     path = path.expanduser()
+    shown = printable(path)
     if path.is_file() or is_sharded(path):
         return path
     if path.is_dir():
@@ -157,22 +158,24 @@ def find_checkpoint(path: Path) -> Path:
         there = newest_first(folder)
         if (whole := first_whole(there)) is not None:
             return whole
-        found = sorted(str(file.relative_to(path)) for file in path.rglob("*.ckpt"))[:5]
+        found = sorted(printable(file.relative_to(path)) for file in path.rglob("*.ckpt"))[:5]
         if there:
-            raise CheckpointError(f"ckpt_path={path}: every checkpoint in it is damaged: {', '.join(found)}")
+            raise CheckpointError(f"ckpt_path={shown}: every checkpoint in it is damaged: {', '.join(found)}")
         hint = f"it holds {', '.join(found)}" if found else "it holds no .ckpt file"
-        raise CheckpointError(f"ckpt_path={path}: a folder without final.ckpt, last.ckpt or step*.ckpt; {hint}")
+        raise CheckpointError(f"ckpt_path={shown}: a folder without final.ckpt, last.ckpt or step*.ckpt; {hint}")
     if path.is_symlink():
         raise CheckpointError(
-            f"ckpt_path={path}: a link to {path.readlink()}, which is not there; ckpt_path=auto takes the newest"
+            f"ckpt_path={shown}: a link to {printable(path.readlink())}, which is not there; ckpt_path=auto takes the newest"
         )
     if path.exists():
-        raise CheckpointError(f"ckpt_path={path}: neither a file nor a folder")
+        raise CheckpointError(f"ckpt_path={shown}: neither a file nor a folder")
     if path.parent == Path() and get_close_matches(path.name, ["auto"]):
-        raise CheckpointError(f"ckpt_path={path}: no such file; did you mean auto?")
+        raise CheckpointError(f"ckpt_path={shown}: no such file; did you mean auto?")
     parent = next((p for p in path.parents if p.is_dir()), Path())
-    nearby = sorted(p.name for p in parent.iterdir())[:10]
-    raise CheckpointError(f"ckpt_path={path}: no such file. {parent} holds: {', '.join(nearby) or 'nothing'}")
+    nearby = sorted(printable(p.name) for p in parent.iterdir())[:10]
+    raise CheckpointError(
+        f"ckpt_path={shown}: no such file. {printable(parent)} holds: {', '.join(nearby) or 'nothing'}"
+    )
 
 
 def to_resume(path: str | None, output_dir: Path) -> Path | None:
@@ -199,8 +202,8 @@ def to_resume(path: str | None, output_dir: Path) -> Path | None:
     if problem is not None:
         others = (other for other in newest_first(found.parent) if other.resolve() != found.resolve())
         whole = next((other for other in others if problem_of(other) is None), None)
-        advice = f"the newest whole one beside it is {whole}" if whole else "there is no whole one beside it"
-        raise CheckpointError(f"ckpt_path={found} is damaged: {problem}; {advice}")
+        advice = f"the newest whole one beside it is {printable(whole)}" if whole else "there is no whole one beside it"
+        raise CheckpointError(f"ckpt_path={printable(found)} is damaged: {problem}; {advice}")
     return found
 
 
@@ -229,20 +232,17 @@ def model_from_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> Backb
         path: where it came from, for messages.
 
     Raises:
-        CheckpointError: the configuration is that of no model, or of another one than the weights.
+        CheckpointError: the configuration is that of no model, or of another one than the weights; or these are of types that no model
+            is computed in.
     """
-    weights = {name.removeprefix(PREFIX): w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
-    model_config = checkpoint["config"]["model"]
-    depth = model_config.get("depth")
-    if isinstance(depth, int | float) and depth > len(weights):  # before a million blocks are built
-        raise CheckpointError(f"checkpoint {path}: model.depth={depth:,}, but it holds {len(weights)} tensors")
     try:
         # Built on the meta device: initial weights that are about to be replaced need not be drawn.
-        net = model_from_config(model_config, device="meta")
+        net, weights = described_model(checkpoint), weights_of(checkpoint)
+        check_types(weights, net)
         net.load_state_dict(weights, assign=True)
     except Exception as error:  # whatever a constructor says of arguments that make no sense
         raise CheckpointError(
-            f"checkpoint {path} holds no model that can be built here: {printable(str(error)[:1000])}"
+            f"checkpoint {printable(path)} holds no model that can be built here: {printable(str(error)[:1000])}"
         ) from error
     if net.tie_embeddings:
         net.head.weight = net.embedding.weight

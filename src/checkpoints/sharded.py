@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from src.build import model_from_config
+from src.checkpoints.described import described_model
 from src.checkpoints.integrity import PREFIX, SUMS, sha256
 from src.checkpoints.optimizer_state import named, numbered
 from src.checkpoints.plain import check_plain, load_plain
@@ -374,6 +374,9 @@ def write_shards(checkpoint: dict[str, Any], folder: Path, files: int) -> None:
         checkpoint: as ``read_checkpoint`` returns it.
         folder: must not exist.
         files: how many the tensors are spread over.
+
+    Raises:
+        ValueError: see ``by_name``; nothing has been written then.
     """
     part = folder.with_name(folder.name + PART)
     shutil.rmtree(part, ignore_errors=True)
@@ -391,11 +394,21 @@ def by_name(optimizer: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, 
     """An optimizer's numbered state keyed by parameter name: the numbers follow the groups that the configuration makes.
 
     The model is built on the meta device to learn them.
+
+    Raises:
+        ValueError: the configuration makes no such model and optimizer, or the state is that of other parameters.
     """
-    config = checkpoint["config"]
-    net = model_from_config(config["model"], device="meta")
-    built = instantiate(config["optimizer"] | {"fused": False}, "optimizer")(net.named_parameters())
-    return named(optimizer, ((PREFIX + name, parameter) for name, parameter in net.named_parameters()), built)
+    try:
+        net = described_model(checkpoint)
+        built = instantiate(checkpoint["config"]["optimizer"] | {"fused": False}, "optimizer")(net.named_parameters())
+        return named(optimizer, ((PREFIX + name, parameter) for name, parameter in net.named_parameters()), built)
+    except (
+        Exception
+    ) as error:  # whatever a constructor says of arguments that make no sense, and a state of what is not in it
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+        raise ValueError(
+            f"its optimizer's state belongs to no model that can be built here: {reason[:1000]}"
+        ) from error
 
 
 def checksums(folder: Path, names: list[str]) -> str:

@@ -108,6 +108,80 @@ def moments(checkpoint: dict, **changes) -> None:
         state.update({name: make(state["exp_avg"]) for name, make in changes.items()})
 
 
+def forged(trained: Path, path: Path, change) -> Path:
+    """A checkpoint of the run in which something has been changed."""
+    checkpoint = torch.load(trained / "checkpoints" / "step00000003.ckpt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+def cast(*dtypes: torch.dtype):
+    """Changes the types of the first weights."""
+
+    def change(checkpoint: dict) -> None:
+        weights = checkpoint["state_dict"]
+        for name, dtype in zip(list(weights), dtypes, strict=False):
+            weights[name] = weights[name].to(dtype)
+
+    return change
+
+
+@pytest.mark.parametrize("dtypes", [[torch.complex64], [torch.float8_e4m3fn], [torch.int64], [torch.bfloat16]])
+def test_weights_of_types_that_no_model_is_computed_in_are_refused(trained, tmp_path, dtypes):
+    """A last one is of a type that would do, but the others are of another."""
+    path = forged(trained, tmp_path / "odd.ckpt", cast(*dtypes))
+    with pytest.raises(CheckpointError, match=rf"odd\.ckpt.* of {dtypes[0]}"):
+        load_model(path)
+    with pytest.raises(CheckpointError, match=r"odd\.ckpt"):
+        evaluate(compose_run(tmp_path, f"ckpt_path={path}", f"paths.output_dir={tmp_path}", config_name="evaluate"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_one_other_floating_type_are_taken(trained, tmp_path, dtype):
+    path = forged(trained, tmp_path / "half.ckpt", cast(*[dtype] * 100))
+    assert {weight.dtype for weight in load_model(path).state_dict().values()} == {dtype}
+
+
+FORGED = {
+    "a million blocks": lambda c: c["config"]["model"].update(depth=3_000_000),
+    "no optimizer": lambda c: c["config"].pop("optimizer"),
+    "an optimizer that is none": lambda c: c["config"].update(optimizer={"_target_": "os.system"}),
+    "a state of no number": lambda c: c["optimizer_states"][0]["state"].update(x={}),
+    "a state of no parameter": lambda c: c["optimizer_states"][0]["state"].update({10**6: {}}),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_cannot_be_resharded_is_an_error_that_names_the_file(trained, tmp_path, name, capsys):
+    path = forged(trained, tmp_path / "forged.ckpt", FORGED[name])
+    with watched(tmp_path, seconds=15):
+        assert main(["reshard", str(path), str(tmp_path / "out.ckpt")]) == 2
+    assert "forged.ckpt" in capsys.readouterr().err
+    assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_names_of_files_are_shown_as_text(trained, tmp_path, caplog):
+    """A folder of a stranger's, in which a name is a command to the terminal."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "final.ckpt").write_bytes(b"")
+    (folder / "x\x1b[31m.ckpt").write_bytes(b"")
+    for asked in (folder, folder / "nothing.ckpt", folder / "link.ckpt"):
+        if asked.name == "link.ckpt":
+            asked.symlink_to(folder / "\x1b[31mgone.ckpt")
+        with pytest.raises(CheckpointError) as caught:
+            load_model(asked)
+        assert "\x1b" not in str(caught.value)
+        assert "\\x1b[31m" in str(caught.value)
+    assert "\x1b" not in caplog.text
+    with zipfile.ZipFile(tmp_path / "parts.ckpt", "w") as archive:
+        archive.writestr("x\x1b[31m", "what was written")
+    content = (tmp_path / "parts.ckpt").read_bytes()
+    (tmp_path / "parts.ckpt").write_bytes(content.replace(b"what was", b"what is "))
+    assert "part x\\x1b[31m has changed" in str(problem_of(tmp_path / "parts.ckpt"))
+
+
 STATES = {
     "a history that is none": lambda c: kept(c, "Guard").update(history=3),
     "a history of words": lambda c: kept(c, "Guard").update(history={"loss": ["a"] * 40, "grad_norm": []}),
