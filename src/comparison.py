@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -23,6 +24,8 @@ from src.config import ConfigError, instantiate
 from src.datamodules.base import StreamDataModule
 from src.overrides import as_override, quoted
 from src.reporting.comparison import Variant, draw, print_table
+from src.reporting.git import code_of, remarks_on_code
+from src.reporting.registry import Run
 from src.run import checked, run
 
 log = logging.getLogger(__name__)
@@ -88,3 +91,5 @@ def summarise(
     print_table(found, chance)
     figure = draw(found, output_dir / "comparison.png", config.name, chance.get("accuracy"))
     print(f"figure: {figure}")
+    for remark in remarks_on_code(Counter(code_of(Run(folder).record) for folder in folders.values())):
+        log.warning(f"{output_dir}: {remark}")

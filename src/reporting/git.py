@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,20 @@ def code_of(record: dict[str, Any]) -> str:
         if not attempt.get("resumed_from"):  # what was before it has left nothing in its weights
             break
     return ", then ".join(states)
+
+
+def remarks_on_code(code: Counter[str]) -> list[str]:
+    """What to say of runs that are compared, where more than one state of the code has made them.
+
+    Args:
+        code: how many runs each state has made, see ``code_of``; runs of which it is not known are silent.
+    """
+    known = Counter({state: count for state, count in code.items() if state})
+    if len(known) < 2:
+        return []
+    shown = ", ".join(f"{state} ({count} run{'' if count == 1 else 's'})" for state, count in known.most_common(4))
+    more = f" and {len(known) - 4} more" if len(known) > 4 else ""
+    return [f"its runs were made by {len(known)} states of the code: {shown}{more}"]
 
 
 def _new_file(name: str) -> str:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.evaluation.names import lower_is_better
 from src.reporting.foreign import Unreadable, clean_text
-from src.reporting.git import code_of
+from src.reporting.git import code_of, remarks_on_code
 from src.reporting.manifest import read_manifest, write_manifest  # noqa: F401 (the second for others)
 from src.reporting.runs import COSTS, FINISHED, UNREADABLE, Run, find, find_runs
 from src.reporting.schema import LARGEST
@@ -288,7 +288,7 @@ class SweepResults:
             folders={f"{row['learning_rate']}/{row['seed']}": row["folder"] for row in done},
             costs={key: sum(values) / len(values) for key, values in costs.items() if values},
             commands=[row["command"] for row in chosen],
-            remarks=remarks + _of_code(code),
+            remarks=remarks + remarks_on_code(code),
             code=code,
         )
 
@@ -340,9 +340,9 @@ class SweepResults:
             for side in sides
             for cell in side
             for remark in cell.remarks
-            if remark not in _of_code(cell.code)
+            if remark not in remarks_on_code(cell.code)
         ]
-        remarks += _of_code(sum((cell.code for side in sides for cell in side), Counter()))
+        remarks += remarks_on_code(sum((cell.code for side in sides for cell in side), Counter()))
         if all(sides):
             found = compare(*sides)
             best = _best_difference(*sides)
@@ -371,15 +371,6 @@ def _data_of(run: Run) -> str:
     if not isinstance(data, dict):
         return ""
     return json.dumps({key: value for key, value in data.items() if key != "seed"}, sort_keys=True, default=str)
-
-
-def _of_code(code: Counter[str]) -> list[str]:
-    """What to say of runs that are compared, where more than one state of the code has made them."""
-    if len(code) < 2:
-        return []
-    shown = ", ".join(f"{state} ({count} run{'' if count == 1 else 's'})" for state, count in code.most_common(4))
-    more = f" and {len(code) - 4} more" if len(code) > 4 else ""
-    return [f"its runs were made by {len(code)} states of the code: {shown}{more}"]
 
 
 def compare(better: list[Cell], than: list[Cell]) -> Difference | None:

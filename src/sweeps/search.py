@@ -12,6 +12,7 @@ import logging
 import math
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ from src.build import check_measured, compose_config
 from src.config import ConfigError, config_hash, to_plain
 from src.evaluation.evaluators import lower_is_better
 from src.files import Lock
+from src.reporting.git import code_of, remarks_on_code
 from src.reporting.registry import Run
 from src.sweeps.jobs import expected_data, is_finished, lock_of
 from src.sweeps.local import POLL, Local, interruptible, launch, stop
@@ -179,6 +181,9 @@ class Search:
         study = self.study(folder, data)
         _take_up_what_was_cut_off(study)
         _Trials(self, study, data, launcher, root, told).run()
+        jobs = {trial.user_attrs.get(JOB) for trial in study.trials if trial.value is not None} - {None}
+        for remark in remarks_on_code(Counter(code_of(Run(root / job).record) for job in jobs)):
+            log.warning(f"{folder}: {remark}")
         return study
 
 

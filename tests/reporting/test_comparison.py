@@ -1,6 +1,10 @@
+import json
+
 import pytest
 
+from src.comparison import summarise
 from src.reporting.comparison import Variant, draw, print_table
+from tests.runs import TINY, compose_run
 
 
 def variants(tmp_path, count):
@@ -31,3 +35,17 @@ def test_the_table_shows_every_variant_and_metric(tmp_path, capsys, count):
 
 def test_eleven_curves_can_be_told_apart(tmp_path):
     assert draw(variants(tmp_path, 11), tmp_path / "figure.png", "title", 0.25).stat().st_size > 10_000
+
+
+def test_variants_that_other_code_has_run_are_told(tmp_path, caplog):
+    """Those that had finished before the code was changed are not run again."""
+    found = variants(tmp_path, 2)
+    config = compose_run(tmp_path, *TINY)
+    folders, metrics = {v.name: v.folder for v in found}, {v.name: v.test_metrics for v in found}
+    for changes in ([None, "1a2b3c4d"], ["1a2b3c4d", "1a2b3c4d"], ["9f8e7d6c", "1a2b3c4d"]):
+        for variant, sha in zip(found, changes, strict=True):
+            git = {"commit": "b3059359c0", "dirty": True, "diff_sha256": sha} if sha else None
+            (variant.folder / "run.json").write_text(json.dumps({"git": git}))
+        assert "states of the code" not in caplog.text
+        summarise(config, tmp_path, folders, metrics)
+    assert "made by 2 states of the code: b3059359c with changes 9f8e7d (1 run)" in caplog.text

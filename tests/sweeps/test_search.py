@@ -1,6 +1,7 @@
 """Search by Optuna: hopeless trials are stopped, an interrupted search goes on with what it knows."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,19 @@ def test_scores_on_files_that_were_replaced_are_those_of_another_study(tmp_path:
         assert {float(row["val/loss"]) for row in csv.DictReader(file)} == {trial.value for trial in second.trials}
     kept = optuna.load_study(study_name=first.study_name, storage=first._storage)
     assert {trial.value for trial in kept.trials} == scores
+
+
+def test_trials_of_more_than_one_state_of_the_code_are_told(tmp_path: Path, caplog):
+    described, root = search(trials=2), tmp_path / "jobs"
+    described.run(Local(threads=1), tmp_path / "search", root, lambda *_: None)
+    assert "states of the code" not in caplog.text
+    record = next(root.glob("*/run.json"))
+    git = {"commit": "b3059359c0", "dirty": True, "diff_sha256": "1a2b3c4d"}
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"git": git}))
+    other = next(path for path in root.glob("*/run.json") if path != record)
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"git": git | {"diff_sha256": "9f8e7d6c"}}))
+    described.run(Local(threads=1), tmp_path / "search", root, lambda *_: pytest.fail("run again"))
+    assert "made by 2 states of the code: b3059359c with changes" in caplog.text
 
 
 def test_files_replaced_in_the_course_of_a_search_end_it(tmp_path: Path):
