@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,28 +52,19 @@ def fit(
         RankLost: another process of the run has died.
         RunError: a data worker has died, or there is no room for the final checkpoint.
     """
-    folder, finished = output_dir / "checkpoints", False
-
-    def finish() -> None:
-        nonlocal finished
-        finished = True
-        module.ended = ending(trainer, planned)
-        if module.ended["why"] != PLANNED:
-            log.warning(f"training ended after step {module.ended['step']} of {planned}: {module.ended['why']}")
-        log_at_step(trainer, trainer.global_step)
-        trainer.save_checkpoint(folder / "final.ckpt")
-
+    folder = output_dir / "checkpoints"
+    finish = cache(partial(_finish, trainer, module, folder / "final.ckpt", planned))  # once
+    trainer.fit_loop.__class__ = _FitLoop
+    trainer.fit_loop.before_end = finish  # type: ignore[attr-defined]
+    trainer.fit_loop.epoch_loop.__class__ = _EpochLoop
     try:
-        trainer.fit_loop.__class__ = _FitLoop
-        trainer.fit_loop.before_end = finish  # type: ignore[attr-defined]
-        trainer.fit_loop.epoch_loop.__class__ = _EpochLoop
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except Preempted:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
+        if checkpoint is not None and module.began and trainer.global_step == module.began_at:
+            error.add_note(f"This was the first step after {checkpoint}, and may be the fault of what that holds.")
         if checkpoint is None or module.began:
-            if checkpoint is not None and trainer.global_step == module.began_at:
-                error.add_note(f"This was the first step after {checkpoint}, and may be the fault of what that holds.")
             raise
         # It was whole, and yet the states in it are not those of this trainer's parts.
         raise RunError(
@@ -97,11 +89,19 @@ def fit(
         )
         log.warning(f"interrupted at step {trainer.global_step} of {trainer.max_steps}; {advice}")
         raise
-    if not finished:  # there was nothing to be trained
-        finish()
+    finish()  # unless the loop has: where there was nothing to be trained, it does not
     wait_for_files(trainer)
     if getattr(trainer.strategy.checkpoint_io, "failed", None):
         raise RunError(f"no room for the final checkpoint in {folder}; free some and go on with ckpt_path=auto")
+
+
+def _finish(trainer: L.Trainer, module: LanguageModel, path: Path, planned: int) -> None:
+    """Notes how training ended, and writes the final checkpoint."""
+    module.ended = ending(trainer, planned)
+    if module.ended["why"] != PLANNED:
+        log.warning(f"training ended after step {module.ended['step']} of {planned}: {module.ended['why']}")
+    log_at_step(trainer, trainer.global_step)
+    trainer.save_checkpoint(path)
 
 
 PLANNED = "as planned"

@@ -39,8 +39,8 @@ def edited(folder: Path, *, without: str = "", trainer: dict[str, Any] | None = 
     return path
 
 
-def windows_of(batches: EvaluationBatches, count: int) -> int:
-    return sum(int(batches[i]["loss_mask"].any(dim=1).sum()) for i in range(min(count, len(batches))))
+def windows_of(batches: EvaluationBatches, count: float) -> int:
+    return sum(int(batches[i]["loss_mask"].any(dim=1).sum()) for i in range(int(min(count, len(batches)))))
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3])
