@@ -140,8 +140,10 @@ def test_losses_are_better_when_lower(tmp_path):
 def test_what_chooses_the_learning_rate_has_a_direction_of_its_own(metric, select, tmp_path):
     """The better validation goes with the better test: a loss of 0.5 with 0.9 right, an accuracy of 0.9 with a loss of 0.5."""
     better, worse = ((0.5, 0.9), (2.6, 0.1)) if metric == "test/accuracy" else ((0.9, 0.5), (0.1, 2.6))
-    scores = {(variant, 0.1, seed): better for variant in ("none", "ABCD") for seed in (1, 2, 3)}
-    scores |= {(variant, 0.2, seed): worse for variant in ("none", "ABCD") for seed in (1, 2, 3)}
+    scores: dict[tuple[str, float, int], tuple[float, float] | None] = {}
+    for variant in ("none", "ABCD"):
+        for seed in (1, 2, 3):
+            scores[variant, 0.1, seed], scores[variant, 0.2, seed] = better, worse
     found = results(tmp_path, scores, sweep(metric=metric, select=select))
     assert [cell.rate for cell in found.cells] == [0.1, 0.1]
     assert [cell.mean for cell in found.cells] == pytest.approx([better[1]] * 2)
