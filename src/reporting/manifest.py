@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from src.files import write_text
-from src.reporting.foreign import Unreadable, read_json
+from src.reporting.foreign import Unreadable, read_json, shaped
 from src.reporting.schema import MANIFEST
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return plan
 
 
-def _check_products(plan: dict[str, Any]) -> None:
+def _check_products(plan: Mapping[str, Any]) -> None:
+    """Raises Unreadable for a plan whose report would take minutes."""
     tasks, variants = plan["metrics"], len(plan["variants"])
     pairs = variants * (variants - 1) // 2
     if pairs * len(tasks) > MOST_PAIRS:
@@ -96,6 +98,9 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
         jobs: of the plan.
         root: folder of all jobs.
         command: that runs the sweep again.
+
+    Raises:
+        ConfigError: no report could read it, because it lists too much or holds a number beyond all measure.
     """
     content: dict[str, Any] = {
         "name": name,
@@ -126,4 +131,11 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
             for job in jobs
         ],
     }
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        _check_products(shaped(json.loads(text), MANIFEST))
+    except Unreadable as error:
+        from src.config import ConfigError  # with all of Lightning, which a report does without
+
+        raise ConfigError(f"sweep: no report could read its plan: {error}") from None
+    write_text(path, text)

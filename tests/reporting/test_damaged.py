@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from src.config import ConfigError
 from src.report import report
 from src.reporting.foreign import Unreadable, read_json, read_yaml
 from src.reporting.page import write_report
@@ -17,6 +18,7 @@ from src.reporting.results import SweepResults, find_sweeps
 from src.reporting.runs import Run, find_runs, runs_table
 from src.reporting.schema import MANIFEST, RECORD
 from src.reporting.tables import SweepTables
+from src.sweeps.plan import Statement
 from tests.reporting.fake_sweeps import make_sweep, plain_run
 
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)) * 20
@@ -366,6 +368,14 @@ def test_a_manifest_that_lists_too_much_is_unreadable(tmp_path, capsys, plan, na
     plain_run(tmp_path / "logs" / "good")
     reported(tmp_path)
     assert "could not be read" in capsys.readouterr().out
+
+
+def test_a_plan_that_no_report_could_read_is_refused_before_it_is_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"sweep: no report could read its plan: variants: 9,900 pairs"):
+        make_sweep(tmp_path, tasks=("Depo", "Mano"), variants=[f"a{i}" for i in range(100)], seeds=(1,), expect=())
+    with pytest.raises(ConfigError, match=r"plan: expect.0.by: input should be less than"):
+        make_sweep(tmp_path, expect=(Statement("RoPE", "NoPE", 1e31),))
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_the_largest_manifest_is_judged_in_no_time(tmp_path):
