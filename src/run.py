@@ -216,7 +216,7 @@ def _run(
 def recall_speed(trainer: L.Trainer, opened: dict[str, Any]) -> None:
     """A run that is only tested was as fast as its checkpoint says; Lightning restores callbacks for training alone."""
     for clock in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(clock, Throughput) and clock.state_key in opened["callbacks"]:
+        if isinstance(clock, Throughput) and clock.state_key in (opened.get("callbacks") or {}):
             clock.load_state_dict(opened["callbacks"][clock.state_key])
 
 
