@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.compose import CONFIG_DIR, compose_config
 from src.config import ConfigError, RunError
 from src.config.errors import printable
-from src.files import strange_in
+from src.files import leads_out, strange_in
 from src.overrides import first_misspelt_key, unreadable_override
 
 _USERS_MISTAKES = (
@@ -72,6 +72,13 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
         written_before.keep(explain_overrides(config_name, overrides))
     elif flags <= {"-m", "--multirun"} and (message := first_misspelt_key(config_name, overrides)):
         fail(message)
+    for argument in overrides if flags else []:  # whatever else Hydra is told by flags, it writes there
+        key, _, folder = argument.partition("=")
+        if (
+            key in ("hydra.run.dir", "hydra.sweep.dir")
+            and (strange := strange_in(Path(folder.strip("'\"")))) is not None
+        ):
+            fail(f"{key}={folder}: {strange}. Remove it, or choose another folder")
     guarded.__module__ = "__main__"
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)()
 
@@ -236,11 +243,15 @@ def check_folder(config: DictConfig) -> Path | None:
             f"train=false: {folder} holds the record of a run, which a test would overwrite; choose another hydra.run.dir, or score it "
             f"with python src/evaluate.py ckpt_path={folder}"
         )
-    if (strange := strange_in(folder)) is not None:
+    logs = str((config.get("paths") or {}).get("log_dir") or folder)
+    if (strange := leads_out(folder, Path(logs)) or strange_in(folder)) is not None:
         fail(f"hydra.run.dir={folder}: {strange}. Remove it, or choose another folder")
+    # The folder itself is Hydra's to make: its name may be that of another moment then.
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
+        with TemporaryFile(dir=there):
             pass
     except OSError as error:
         fail(f"hydra.run.dir={folder} cannot be written: {error.strerror}", status_of(error) or 1)

@@ -90,6 +90,18 @@ def strange_in(folder: Path) -> str | None:
     return None
 
 
+def leads_out(folder: Path, root: Path) -> str | None:
+    """Whether a folder that lies below another by its name lies elsewhere: some link on the way may have come with the other.
+
+    Returns:
+        In words, where it lies; None if all is well, or it is not below ``root`` by its name either.
+    """
+    if not Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(root)):
+        return None
+    real = os.path.realpath(folder)
+    return None if Path(real).is_relative_to(os.path.realpath(root)) else f"a link on the way leads to {real!r}"
+
+
 class Lock:
     """An exclusive lock on a folder; released by ``release``, and by the end of every process that has inherited it.
 

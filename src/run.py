@@ -107,8 +107,8 @@ def finished_before(plain: dict[str, Any], identity: str, output_dir: Path) -> d
     if changed := changed_data(earlier.results.get("data"), datamodule.expected_fingerprint()):
         told = "; ".join(f"{key}: {then!r} then, {now!r} now" for key, (then, now) in changed.items())
         raise ConfigError(
-            f"{output_dir}: this run has finished before, on other data than there are now ({told}); its results stand. Choose "
-            "another hydra.run.dir for the new data"
+            f"{output_dir}: this run has finished before, on other data than there are now ({told}); the results there are of "
+            "those. Choose another hydra.run.dir for the new data, or restore the files"
         )
     ended = earlier.results.get("ended")
     early = ""
@@ -339,8 +339,7 @@ def refuse_foreign_checkpoints(output_dir: Path, checkpoint: str | None) -> None
     resumed_here = checkpoint is not None and _is_in(checkpoint, output_dir)
     if rank_zero_only.rank == 0 and not resumed_here and any(folder.glob("*.ckpt")):
         raise ConfigError(
-            f"{output_dir} holds the checkpoints of an earlier run; choose another hydra.run.dir, "
-            "or go on with that run: ckpt_path=" + str(folder / "last.ckpt")
+            f"{output_dir} holds the checkpoints of an earlier run; choose another hydra.run.dir, or go on with that run: ckpt_path=auto"
         )
 
 

@@ -21,6 +21,7 @@ from rich.console import Console  # noqa: E402
 from src.build import CONFIG_DIR  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
 from src.entry import entrypoint, fail  # noqa: E402
+from src.files import leads_out  # noqa: E402
 from src.overrides import as_override, quoted  # noqa: E402
 from src.reporting.console import Telling  # noqa: E402
 from src.reporting.foreign import Unreadable, read_yaml  # noqa: E402
@@ -48,6 +49,9 @@ def sweep(config: DictConfig) -> None:
     with Telling() as told:
         jobs, root = planned.jobs(told), Path(plain["jobs_dir"])
         expected = estimates(jobs, root, told)
+    for key, folder in (("paths.output_dir", plain["paths"]["output_dir"]), ("jobs_dir", plain["jobs_dir"])):
+        if (strange := leads_out(Path(folder), Path(plain["paths"]["log_dir"]))) is not None:
+            raise ConfigError(f"{key}={folder}: {strange}. Remove it, or choose another folder")
     command, changes = command_of(plain, str(name), scale)
     # A trial with other values does not take the place of the sweep itself.
     manifest = Path(plain["paths"]["output_dir"]) / changes / "manifest.json"
@@ -86,10 +90,11 @@ def check_values(plain: dict[str, Any]) -> None:
 
 def read(plain: dict[str, Any], name: str) -> Sweep | Search:
     """What the file of a sweep describes; mistakes in it name the file."""
-    if not isinstance(plain["sweep"].get("overrides", []), list):
+    own = plain["sweep"].get("overrides", [])
+    if not isinstance(own, list):
         raise ConfigError(f"{_file(name)}: sweep.overrides: a list of texts")
     try:
-        return instantiate(plain["sweep"] | {"overrides": plain["overrides"]}, "sweep")
+        return instantiate(plain["sweep"] | {"overrides": [*own, *plain["overrides"]]}, "sweep")
     except ConfigError as error:
         raise ConfigError(f"{_file(name)}: {error}") from error
 

@@ -166,14 +166,14 @@ class Guard(Callback):
                     log.warning(f"step {step}: {why}; back to {path}; {kept}")
                     raise RollBack(Path(path), wanted)
                 why += f"; rolled back too often (callbacks.guard.limit={self.limit})"
+            older = f" that is {self.margin} steps older (callbacks.guard.margin)" if self.margin else ""
             how = (
-                f"go on with ckpt_path={path}"
+                f"go on with ckpt_path={path} and"
                 if path
-                else "there is no checkpoint from before"
-                + (f" that is {self.margin} steps older (callbacks.guard.margin)" if self.margin else "")
+                else f"there is no checkpoint from before{older}: begin again with"
             )
             raise BadStep(
-                f"step {step}: {why}. The update was not made; {kept}; {how}, and with "
+                f"step {step}: {why}. The update was not made; {kept}; {how} "
                 "callbacks.guard.nonfinite=skip (or spike=skip) to leave such steps out"
             )
 

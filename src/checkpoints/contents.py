@@ -39,7 +39,7 @@ def check_contents(checkpoint: Any) -> None:
         raise ValueError("not a checkpoint of this project: it has no 'config' and 'state_dict'")
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
-            f"it has checkpoint format {str(checkpoint.get('format'))[:50]!r}; this version reads {CHECKPOINT_FORMAT}"
+            f"it has checkpoint format {_shown(checkpoint.get('format'))}; this version reads {CHECKPOINT_FORMAT}"
         )
     for name, part in _parts(checkpoint):
         if isinstance(part, Tensor) and not is_filled(part):
@@ -52,13 +52,18 @@ def check_contents(checkpoint: Any) -> None:
         if not right or isinstance(value, bool):
             raise ValueError(f"its {key!r} is a {type(value).__name__}")
     if not 0 <= checkpoint["global_step"] < MOST_STEPS:
-        raise ValueError(f"its 'global_step' is {checkpoint['global_step']:.6g}")
+        raise ValueError(f"its 'global_step' is not from 0 to {MOST_STEPS:,}")
     if not 0 <= (checkpoint.get("seconds") or 0) < MOST_STEPS:
         raise ValueError("its 'seconds' are no time")
     _check_kept(checkpoint)
     _check_optimizers(checkpoint)
     _check_progress(checkpoint)
     _check_measured(checkpoint)
+
+
+def _shown(value: Any) -> str:
+    """A number or a word; of what may be nested, only what it is."""
+    return repr(value)[:50] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _check_kept(checkpoint: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from src.checkpoints.contents import check_contents
+from src.checkpoints.contents import MOST_STEPS, check_contents
 from src.checkpoints.described import check_types, described_model, weights_of
 from src.checkpoints.integrity import damage, step_of
 from src.checkpoints.plain import load_plain
@@ -112,7 +112,7 @@ def newest_first(folder: Path) -> list[Path]:
     """A run's checkpoints but the best, ordered by the optimizer step that each *holds*, whatever it is called.
 
     ``final.ckpt`` comes first among those of the same step: it knows that training is over. One that cannot be opened has
-    the step that its name says.
+    the step that its name says; without a number in its name it comes first, to be reported.
     """
     rank = {"final.ckpt": 0, "last.ckpt": 2}
     numbered = (path for path in folder.glob("step*.ckpt") if step_of(path) >= 0)
@@ -127,7 +127,9 @@ def _recorded_step(path: Path) -> int:
     try:
         return int(_opened(path, "none")["global_step"])
     except CheckpointError:
-        return step_of(path)
+        step = step_of(path)
+        # One without a number comes first, so that whoever passes it over hears of it.
+        return step if step >= 0 else MOST_STEPS
 
 
 def newest_whole(folder: Path, below: int | None = None) -> Path | None:

@@ -34,9 +34,9 @@ def _damaged_file(path: Path) -> str | None:
             return None
         return f"its {path.stat().st_size:,} bytes are not those that were written (SHA-256)"
     try:
-        refuse_compressed(path)
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+        with path.open("rb") as file:
+            refuse_compressed(file)
+            broken = zipfile.ZipFile(file).testzip()
     except Exception as error:  # a changed bit of the directory may mean anything: another compression, a password, a name in no alphabet
         return f"its {path.stat().st_size:,} bytes are cut off, changed or no checkpoint at all ({error})"
     return None if broken is None else f"its part {broken} has changed (CRC-32)"

@@ -14,49 +14,36 @@ import zipfile
 from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 MOST_STEPS = 2**28  # bytes of them; an 8B model's optimizer has some ten million
 
-_TENSORS = ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
-_ORDERED = "collections OrderedDict"
-# Of PyTorch's own list of steps all but sets and objects.
+# Of the steps that PyTorch takes all but sets, objects and long numbers.
 _STEPS = {
     *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
     *("APPEND", "APPENDS", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
-    *(
-        "NONE",
-        "NEWFALSE",
-        "NEWTRUE",
-        "EMPTY_TUPLE",
-        "EMPTY_LIST",
-        "EMPTY_DICT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "BINFLOAT",
-    ),
-    *("BINUNICODE", "SHORT_BINSTRING", "LONG1", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT"),
+    *("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "BINFLOAT", "BINUNICODE"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT"),
 }
-_KEYS = {
-    "NONE",
-    "NEWFALSE",
-    "NEWTRUE",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "BINFLOAT",
-    "BINUNICODE",
-    "SHORT_BINSTRING",
-    "LONG1",
-}
+# What a step makes, as far as it matters here; "pair" is any tuple but one of whole numbers.
+_KINDS = dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), "whole") | {"EMPTY_TUPLE": "wholes"}
+_KINDS |= {"BINUNICODE": "word", "NEWTRUE": "truth", "NEWFALSE": "truth", "EMPTY_DICT": "dict", "EMPTY_LIST": "list"}
+_KEYS = {"word", "whole", "truth", "BINFLOAT", "NONE"}
 # How many things each step takes from the stack, if not all since the last mark; the rest take none.
 _TAKES_ALL = {"TUPLE", "APPENDS", "SETITEMS"}
-_MAKES_NOTHING = {"PROTO", "STOP", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS"}
 _TAKES = {"REDUCE": 2, "BUILD": 1, "BINPERSID": 1, "APPEND": 1, "SETITEM": 2, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MAKES_NOTHING = {"PROTO", "STOP", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS"}
+# What may be called with what, and what that makes; and which tuple stands for numbers that lie in the archive.
+_TENSOR = ("storage", "whole", "wholes", "wholes", "truth", "ordered")
+_CALLS: dict[tuple[str, tuple[str, ...] | None], str] = {
+    ("collections OrderedDict", ()): "ordered",
+    ("torch._utils _rebuild_tensor_v2", _TENSOR): "tensor",
+    ("torch._utils _rebuild_tensor_v3", (*_TENSOR, "dtype")): "tensor",
+}
+_STORED = ("word", "class of storage", "word", "word", "whole")
 
 
 def load_plain(source: Path | io.BytesIO, *, mapped: bool = True) -> Any:
@@ -85,12 +72,13 @@ def load_plain(source: Path | io.BytesIO, *, mapped: bool = True) -> Any:
 
 def check_plain(source: Any) -> None:
     """Looks at the steps by which a file of ``torch.save``, or an open stream of one, is put together; raises as ``load_plain`` does."""
-    refuse_compressed(source)
-    opened = str(source) if isinstance(source, Path) else source
-    if not isinstance(source, Path):
-        source.seek(0)
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        refuse_compressed(file)
+        file.seek(0)
     try:
-        steps = torch._C.PyTorchFileReader(opened).get_record("data.pkl")  # by the reader that torch.load itself uses
+        # By the reader that torch.load itself uses.
+        archive = torch._C.PyTorchFileReader(str(source) if isinstance(source, Path) else source)
+        steps = archive.get_record("data.pkl")
     except RuntimeError as error:
         raise pickle.UnpicklingError("it is not a checkpoint") from error
     finally:
@@ -99,74 +87,123 @@ def check_plain(source: Any) -> None:
     if len(steps) > MOST_STEPS:
         raise pickle.UnpicklingError(f"it has more than {MOST_STEPS:,} bytes besides tensors")
     try:
-        _check_steps(steps)
+        _check_steps(steps, archive)
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # bytes that are no pickle can mean anything
         raise pickle.UnpicklingError(f"its data.pkl is damaged ({type(error).__name__})") from error
 
 
-def _check_steps(steps: bytes) -> None:
-    """Takes the steps with the kinds of things in their place: the name of the step that makes one, or of what is called."""
-    stack: list[str] = []
+class _Thing(NamedTuple):
+    """What stands for something on the stack."""
+
+    kind: str
+    value: Any = None  # of a word, a whole number, or a class of storages; of a pair, its members
+
+
+def _check_steps(steps: bytes, archive: Any) -> None:
+    """Takes the steps with kinds of things in the place of things."""
+    stack: list[_Thing] = []
     marks: list[int] = []
-    memory: dict[int, str] = {}
+    memory: dict[int, _Thing] = {}
     argument: Any  # of the step: a number or names
     for step, argument, _ in pickletools.genops(steps):
-        kind = step.name
-        if kind not in _STEPS:
-            raise pickle.UnpicklingError(f"its data.pkl takes a step {kind}, which plain data do without")
-        if kind.endswith("BINPUT"):
+        name = step.name
+        if name not in _STEPS:
+            raise pickle.UnpicklingError(f"its data.pkl takes a step {name}, which plain data do without")
+        if name.endswith("BINPUT"):
             memory[argument] = stack[-1]
-        elif kind.endswith("BINGET"):
+        elif name.endswith("BINGET"):
             stack.append(memory[argument])
-        elif kind == "MARK":
+        elif name == "MARK":
             marks.append(len(stack))
         else:
-            start = marks.pop() if kind in _TAKES_ALL else len(stack) - _TAKES.get(kind, 0)
+            start = marks.pop() if name in _TAKES_ALL else len(stack) - _TAKES.get(name, 0)
+            if start < (marks[-1] if marks else 0):
+                raise pickle.UnpicklingError("its data.pkl takes more than there is")
             taken = stack[start:]
             del stack[start:]
-            _check_step(kind, taken)
-            if kind not in _MAKES_NOTHING:
-                stack.append(_called(argument) if kind == "GLOBAL" else kind)
+            if name == "GLOBAL":
+                made = _thing(argument)
+            elif name == "BINPERSID":
+                made = _storage(taken[0], archive)
+            else:
+                made = _made(name, argument, taken, stack[-1] if stack else _Thing("nothing"))
+            if name not in _MAKES_NOTHING:
+                stack.append(made)
 
 
-def _check_step(kind: str, taken: list[str]) -> None:
-    """``taken``: the kinds of what the step takes from the stack."""
-    if kind in ("SETITEM", "SETITEMS") and not set(taken[::2]) <= _KEYS:
+def _storage(stored: _Thing, archive: Any) -> _Thing:
+    """Numbers that lie in the archive: PyTorch believes how many there are."""
+    members: list[_Thing] = list(stored.value) if stored.kind == "pair" else []
+    if tuple(thing.kind for thing in members) != _STORED:
+        raise pickle.UnpicklingError("its data.pkl asks for numbers in a way that torch.save does not")
+    width, key, numbers = members[1].value, members[2].value, members[4].value
+    if not 0 <= numbers * width <= archive.get_record_size(f"data/{key}"):
+        raise pickle.UnpicklingError("its data.pkl asks for more numbers than there are")
+    return _Thing("storage")
+
+
+def _made(name: str, argument: Any, taken: list[_Thing], below: _Thing) -> _Thing:
+    """What a step makes of what it takes; ``below`` is what it changes.
+
+    Raises:
+        pickle.UnpicklingError: plain data have no such thing.
+    """
+    kinds = tuple(thing.kind for thing in taken)
+    if name.startswith("TUPLE"):
+        return _Thing("wholes", ()) if set(kinds) <= {"whole"} else _Thing("pair", tuple(taken[:16]))
+    if name in ("SETITEM", "SETITEMS") and not (set(kinds[::2]) <= _KEYS and below.kind in ("dict", "ordered")):
         raise pickle.UnpicklingError("it has a key that is neither a word nor a number")
-    if kind == "REDUCE" and taken[0] == _ORDERED and taken[1] != "EMPTY_TUPLE":
-        raise pickle.UnpicklingError("its data.pkl fills an OrderedDict by a call")
+    if name in ("APPEND", "APPENDS") and below.kind != "list":
+        raise pickle.UnpicklingError("its data.pkl adds to what is no list")
+    if name == "BUILD" and (below.kind, *kinds) != ("ordered", "dict"):
+        raise pickle.UnpicklingError("its data.pkl changes what is no dictionary")
+    if name == "REDUCE":
+        given = tuple(thing.kind for thing in taken[1].value) if kinds[1] in ("pair", "wholes") else None
+        made = _CALLS.get((kinds[0], given))
+        if made is None:
+            raise pickle.UnpicklingError(f"its data.pkl calls {kinds[0]} in a way that torch.save does not")
+        return _Thing(made)
+    kind = _KINDS.get(name, name)
+    return _Thing(kind, argument if kind in ("word", "whole") else () if kind == "wholes" else None)
 
 
-def _called(names: str) -> str:
+def _thing(names: str) -> _Thing:
     """What a file names, if that makes tensors or is a part of one."""
     module, name = names.split(" ", 1)
     known = getattr(torch, name, None) if module == "torch" else None
-    if (
-        names == _ORDERED
-        or (module == "torch._utils" and name in _TENSORS)
-        or (module == "torch" and (isinstance(known, torch.dtype) or name == "Size" or name.endswith("Storage")))
-        or names == "torch.storage UntypedStorage"
-    ):
-        return names
+    if isinstance(known, torch.dtype):
+        return _Thing("dtype")
+    if names == "torch.storage UntypedStorage":
+        return _Thing("class of storage", 1)
+    if known is not None and name.endswith("Storage") and hasattr(known, "_dtype"):
+        return _Thing("class of storage", known._dtype.itemsize)
+    if any(names == called for called, _ in _CALLS):
+        return _Thing(names)
     raise pickle.UnpicklingError(f"it holds a pickled object, {module}.{name}, which could run code")
 
 
-def refuse_compressed(source: Any) -> None:
-    """Raises a ValueError for an archive that would unpack to more than it is: checkpoints are stored as they are.
+def refuse_compressed(file: Any) -> None:
+    """Raises an error for an archive that would unpack to more than it is, or that two readers could read in two ways.
 
     Args:
-        source: a path, or a stream that can be moved about in.
+        file: open, and can be moved about in.
+
+    Raises:
+        pickle.UnpicklingError: it is no archive.
+        ValueError: it is one that torch.save has not written: checkpoints are stored as they are.
     """
-    if not zipfile.is_zipfile(source):
-        return  # which PyTorch has words of its own for
-    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
-        size = file.seek(0, io.SEEK_END)
-        _check_directory(file, size)
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if (
+        file.read(4) != b"PK\3\4"
+    ):  # or torch.load would take it for a file of another format, of which nothing has been looked at
+        raise pickle.UnpicklingError("it is not a checkpoint")
+    _check_directory(file, size)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1 for entry in entries)
     if not stored or sum(entry.file_size for entry in entries) > size:
         raise ValueError("it is a compressed archive, which no checkpoint of this project is")
     if len({entry.filename.lower() for entry in entries}) < len(entries):
@@ -181,6 +218,8 @@ def _check_directory(file: Any, size: int) -> None:
     file.seek(max(size - 98, 0))
     tail = file.read().rjust(98)
     end, place, end_64 = tail[76:], tail[56:76], tail[:56]
+    if end[:4] != _END or end[20:] != b"\0\0":  # with a comment, readers look for the end in it
+        raise ValueError("it is an archive whose directory is not at its end: cut off, or not of torch.save")
     start, length = size - 22, int.from_bytes(end[12:16], "little")
     first = int.from_bytes(end[16:20], "little")
     if place[:4] == _PLACE_64:
@@ -188,15 +227,27 @@ def _check_directory(file: Any, size: int) -> None:
         length, first = int.from_bytes(end_64[40:48], "little"), int.from_bytes(end_64[48:56], "little")
         if end_64[:4] != _END_64 or int.from_bytes(place[8:16], "little") != start:
             raise ValueError("it is an archive with two directories")
-    if end[:4] != _END or first + length != start:
+    if first + length != start:
         raise ValueError("it is an archive whose directory is not at its end")
 
 
 def is_filled(tensor: Tensor) -> bool:
-    """Whether every number of a tensor lies in the file: strides can make a few bytes look like a thousand gigabytes."""
+    """Whether every number of a tensor lies in the file, in a place of its own.
+
+    Strides can make a few bytes look like a thousand gigabytes; and what writes to a tensor may go on where its numbers would lie
+    if they lay one after another.
+    """
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    if not tensor.numel():
+        return True
+    end = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < end:
+                return False
+            end = stride * (size - 1) + end
+    return (tensor.storage_offset() + end) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _containers(node: Any) -> Any:

@@ -158,7 +158,9 @@ def check_same_data(checkpoint: dict[str, Any], fingerprint: dict[str, Any], pat
         key: pair for key, pair in _pairs(theirs, ours).items() if key in theirs or not checkpoint["data"]
     }:
         raise CheckpointError(
-            f"ckpt_path={path} was trained on other data than there is here: {_told(differing)}. {_REPEAT}"
+            f"ckpt_path={path} was trained on other data than there is here: {_told(differing)}. If files have changed, restore them; "
+            f"else repeat that run's own overrides, which its folder keeps in .hydra/overrides.yaml. (evaluate.py: data=... says what to "
+            "score)"
         )
 
 

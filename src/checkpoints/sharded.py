@@ -54,16 +54,14 @@ WEIGHTS, OPTIMIZER = "state_dict", "optimizer_"  # DCP's keys, as Lightning name
 # What a description of tensors and where they lie is made of, by name: a module's other classes do things.
 _DCP = "torch.distributed.checkpoint"
 _TYPES = {
-    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
     *((f"{_DCP}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
 }
 # Where a checkpoint lay when it was written: of no use, and a path of paths of paths would be as long as one likes.
 _PATHS = {(module, "PosixPath") for module in ("pathlib", "pathlib._local")}
-_FILLED = (Metadata, MetadataIndex, StorageMeta, TensorProperties, _StorageInfo)
-_FILLED += (TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata)
+_FILLED = {"Metadata", "MetadataIndex", "StorageMeta", "_StorageInfo", "_Properties"}
+_FILLED |= {"TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"}
 _SHARD = re.compile(r"[\w-]+\.distcp")
 _MOST_DESCRIPTION = 2**28  # bytes of .metadata
 
@@ -79,8 +77,12 @@ class _Descriptions(pickle._Unpickler):  # the one in Python, whose steps can be
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) == ("torch.serialization", "_get_layout"):
             return _layout
-        if (module_name, global_name) in _PATHS:
+        if (module_name, global_name) in _PATHS or global_name == "_MEM_FORMAT_ENCODING":
             return _nothing
+        if (module_name, global_name) == ("torch", "Size"):
+            return _sizes
+        if global_name == "TensorProperties":
+            return _Properties
         dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
         if dtype or (module_name, global_name) in _TYPES:
             return super().find_class(module_name, global_name)
@@ -88,10 +90,18 @@ class _Descriptions(pickle._Unpickler):  # the one in Python, whose steps can be
             f"{METADATA} names {module_name}.{global_name}, which is no description of tensors"
         )
 
+    def load_reduce(self) -> None:
+        """Only the few functions that ``find_class`` puts in the place of others are called; descriptions are made empty, and filled in."""
+        if self.stack[-2] not in (_layout, _nothing, _sizes):  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError(f"{METADATA} calls what is no part of a description")
+        super().load_reduce()  # type: ignore[misc]
+
     def load_build(self) -> None:
         filled, state = self.stack[-2:]  # type: ignore[attr-defined]
         fields = state if isinstance(state, dict) else {}
-        if type(filled) not in _FILLED or not all(isinstance(key, str) and key.isidentifier() for key in fields):
+        if type(filled).__name__ not in _FILLED or not all(
+            isinstance(key, str) and key.isidentifier() for key in fields
+        ):
             raise pickle.UnpicklingError(f"{METADATA} wants to change something that is no description")
         super().load_build()  # type: ignore[misc]
 
@@ -109,6 +119,7 @@ class _Descriptions(pickle._Unpickler):  # the one in Python, whose steps can be
 
     dispatch = dict(pickle._Unpickler.dispatch) | {  # type: ignore[attr-defined]
         pickle.BUILD[0]: load_build,
+        pickle.REDUCE[0]: load_reduce,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
     }
@@ -122,13 +133,22 @@ def _check_key(key: Any) -> None:
 
 
 def _nothing(*_: Any) -> None:
-    """In place of a path."""
+    """In place of a path, or of a word for how numbers lie."""
 
 
-def _layout(name: str) -> torch.layout:
-    if name != "torch.strided":
-        raise pickle.UnpicklingError(f"{METADATA} describes a tensor of layout {str(name)[:50]!r}")
+def _layout(name: Any) -> torch.layout:
+    if type(name) is not str or name != "torch.strided":
+        raise pickle.UnpicklingError(f"{METADATA} describes a tensor of another layout than torch.strided")
     return torch.strided
+
+
+class _Properties:
+    """In place of DCP's description of a tensor: no more than its type is taken."""
+
+    dtype: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = state[0] if isinstance(state, tuple) and state else None
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -149,7 +169,7 @@ def read_metadata(folder: Path) -> Metadata:
         except pickle.UnpicklingError:
             raise
         except Exception as error:  # bytes that are no pickle can mean anything, an operation that was taken away too
-            raise pickle.UnpicklingError(f"{METADATA} cannot be read: {type(error).__name__}: {error}") from error
+            raise pickle.UnpicklingError(f"{METADATA} cannot be read: {type(error).__name__}") from error
 
 
 def _checked_description(found: Any, folder: Path) -> Metadata:
@@ -198,9 +218,8 @@ def _index(index: Any) -> MetadataIndex:
 def _place(place: Any, folder: Path, sizes: dict[str, int]) -> _StorageInfo:
     name, offset, length = place.relative_path, place.offset, place.length
     if type(name) is not str or not _SHARD.fullmatch(name) or name not in sizes or (folder / name).is_symlink():
-        raise pickle.UnpicklingError(
-            f"{METADATA} sends readers to {str(name)[:200]!r}, which is none of this folder's shards"
-        )
+        shown = repr(name[:200]) if type(name) is str else "what is no name"
+        raise pickle.UnpicklingError(f"{METADATA} sends readers to {shown}, which is none of this folder's shards")
     if type(offset) is not int or type(length) is not int or not 0 <= offset <= offset + length <= sizes[name]:
         raise pickle.UnpicklingError(f"{METADATA} reaches beyond the end of {name}")
     if getattr(place, "transform_descriptors", None):

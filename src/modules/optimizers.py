@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _REDUCED = ("row_var", "col_var", "variance")  # of Adafactor, which keeps sums over rows and columns
@@ -16,8 +17,8 @@ _REDUCED = ("row_var", "col_var", "variance")  # of Adafactor, which keeps sums 
 def check_loaded(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """What of a stored state an optimizer takes over: tensors of the shapes of its parameters, and no settings.
 
-    For ``register_load_state_dict_pre_hook``. A fused kernel goes through as many numbers of a moment as its parameter has, whether
-    they are there or not; and rates and decays are those of this run, whose equality with the other's has been compared.
+    For ``register_load_state_dict_pre_hook``. A fused kernel goes through as many numbers of a moment as its parameter has, one after
+    another, whether they are there or not; and rates and decays are those of this run, whose equality with the other's has been compared.
 
     Raises:
         ValueError: the state is that of other parameters.
@@ -28,19 +29,30 @@ def check_loaded(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
         raise ValueError("the optimizer's groups have other numbers of parameters")
     of = dict(zip(numbers, parameters, strict=True))
+    kept: dict[Any, dict[str, Any]] = {}
     for number, moments in state["state"].items():
+        kept[number] = {}
         for name, value in moments.items():
-            right = value is None or (
+            right = (value is None and name == "momentum_buffer") or (
                 isinstance(value, Tensor)
                 and number in of
                 and (value.ndim == 0 if name == "step" else name in _REDUCED or value.shape == of[number].shape)
             )
             if not right and not (name == "step" and type(value) in (int, float)):
                 raise ValueError(f"the optimizer's {str(name)[:50]!r} is not of the shape of its parameter")
-    kept = [{key: value for key, value in group.items() if key != "params"} for group in own]
+            kept[number][name] = _laid_out(value, of[number]) if isinstance(value, Tensor) else value
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in own]
     return state | {
-        "param_groups": [settings | {"params": group["params"]} for settings, group in zip(kept, groups, strict=True)]
+        "state": kept,
+        "param_groups": [mine | {"params": group["params"]} for mine, group in zip(settings, groups, strict=True)],
     }
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy whose numbers lie one after another as those of the parameter do, which a kernel takes for granted."""
+    if isinstance(parameter, DTensor) or isinstance(value, DTensor) or value.shape != parameter.shape:
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    return torch.empty_like(parameter.detach(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 class AdamW(torch.optim.AdamW):

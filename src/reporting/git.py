@@ -14,16 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @cache
 def git_state() -> dict[str, Any] | None:
-    """Commit, branch, and names and a hash of uncommitted changes; None outside of a git checkout."""
+    """Commit, branch, names of uncommitted changes, and a hash of those in ``src``; None outside of a git checkout.
+
+    What changes in ``configs`` shows in a run's configuration, where it concerns the run.
+    """
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
     # New files count where they decide results; what else lies about does not.
-    new = (_git("ls-files", "--others", "--exclude-standard", "--", "src", "configs") or "").splitlines()
+    new = (_git("ls-files", "--others", "--exclude-standard", "--", "src") or "").splitlines()
     changed = (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines() + [
         f"?? {name}" for name in new
     ]
-    difference = (_git("diff", "HEAD") or "") + "".join(_new_file(name) for name in new) if changed else None
+    difference = (
+        (_git("diff", "HEAD", "--", "src") or "") + "".join(_new_file(name) for name in new) if changed else None
+    )
     return {
         "commit": commit,
         "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
@@ -42,7 +47,7 @@ def code_words(git: Any) -> str:
     commit, changes = (git.get(key) if isinstance(git, dict) else None for key in ("commit", "diff_sha256"))
     if not isinstance(commit, str) or not commit:
         return ""
-    if not git.get("dirty"):
+    if not git.get("dirty") or ("diff_sha256" in git and changes is None):  # dirty, but not in src
         return commit[:9]
     return f"{commit[:9]} with changes" + (f" {changes[:6]}" if isinstance(changes, str) and changes else "")
 
@@ -53,13 +58,13 @@ def code_of(record: dict[str, Any]) -> str:
     Args:
         record: run.json.
     """
-    states: list[str] = []
+    states: dict[str, None] = {}
     for attempt in (record, *reversed(record.get("earlier") or [])):
-        if (words := code_words(attempt.get("git"))) and words not in states:
-            states.insert(0, words)
+        if words := code_words(attempt.get("git")):
+            states.setdefault(words)
         if not attempt.get("resumed_from"):  # what was before it has left nothing in its weights
             break
-    return ", then ".join(states)
+    return ", then ".join(reversed(list(states)[:20]))
 
 
 def remarks_on_code(code: Counter[str]) -> list[str]:

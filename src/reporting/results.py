@@ -188,9 +188,11 @@ class SweepResults:
             status, reason = UNREADABLE, "; ".join(run.problems)
         others = {key: value for key, value in job["settings"].items() if not is_repetition(key)}
         costs = {key: run.results.get(key) if done else None for key in COSTS}
+        if folder not in self.origins:  # jobs may share a folder
+            self.origins[folder] = (str(run.record.get("ended") or ""), _data_of(run), "")
         # Manifests of before do not say which data a job asks for; those of a variant are the same.
         asked = job.get("data") or f"of {job['variant']}"
-        self.origins[folder] = (str(run.record.get("ended") or ""), _data_of(run), asked)
+        self.origins[folder] = (*self.origins[folder][:2], asked)
         if folder not in self.code:  # of two jobs in one folder, the second finds a record that has been slimmed
             self.code[folder] = code_of(run.record)
         run.slim()

@@ -20,6 +20,7 @@ from src.reporting.schema import MANIFEST, RECORD
 from src.reporting.tables import SweepTables
 from src.sweeps.plan import Statement
 from tests.reporting.fake_sweeps import make_sweep, plain_run
+from tests.runs import main
 
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)) * 20
 MERGES = "a: &a {k: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [{', '.join(['*a'] * 50)}]}}\n" for i in range(50))
@@ -387,3 +388,20 @@ def test_the_largest_manifest_is_judged_in_no_time(tmp_path):
     assert SweepTables(found).differences == []
     assert found.verdicts[0].reason == "runs are missing (200 planned)"
     assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("place", ["report", "sweeps"])
+def test_a_link_on_the_way_to_what_is_written_is_refused(tmp_path, place, capsys):
+    """The logs of a colleague; what is written below them must lie there."""
+    make_sweep(tmp_path)
+    logs = tmp_path / "logs"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "index.html").write_text("mine")
+    if (logs / place).exists():
+        (logs / place).rename(logs / "there")
+    (logs / place).symlink_to(tmp_path / "mine")
+    output = logs / place if place == "report" else logs / place / "new"
+    with pytest.raises(SystemExit):
+        main(report, "report", f"paths.log_dir={logs}", f"output={output}")
+    assert "a link on the way leads to" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["index.html"]

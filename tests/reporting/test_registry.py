@@ -43,7 +43,9 @@ def test_a_run_tells_how_it_was_made(finished):
 def test_a_run_tells_what_it_cost(finished):
     results = finished.results
     assert results["tokens"] == 4 * 4 * 64  # steps x windows x tokens
-    assert results["training_flops"] == 3 * results["flops_per_token"] * results["tokens"]
+    assert (
+        results["training_flops"] == 3 * results["flops_per_token"] * results["tokens"] * 63 / 64
+    )  # a window's last is not read
     assert results["tokens_per_second"] > 0
     assert 1e7 < results["peak_memory_bytes"] < 1e11
     assert results["config_hash"] == finished.record["config_hash"]

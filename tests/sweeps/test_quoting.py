@@ -14,10 +14,11 @@ from src.build import compose_config
 from src.config import ConfigError, to_plain
 from src.overrides import as_override, quoted
 from src.reporting.runs import Run
-from src.sweep import command_of
+from src.sweep import command_of, read
 from src.sweeps.jobs import is_finished, start_of
 from src.sweeps.local import Local
-from tests.runs import TINY, command
+from src.sweeps.plan import Sweep
+from tests.runs import TINY, command, compose_run
 from tests.sweeps.test_local import plan
 
 # Hydra's own signs, and what ends or escapes a quotation; letters of several scripts, and what looks like another type.
@@ -78,7 +79,8 @@ def test_a_key_that_cannot_be_written_is_an_error():
         as_override({"a'b": 1})
 
 
-def test_the_command_of_a_trial_is_what_was_typed():
+def test_the_command_of_a_trial_is_what_was_typed(tmp_path):
+    compose_run(tmp_path, *TINY)
     axes = {"seed,data.seed": [1, 2]}
     text, _ = command_of({"axes": axes, "overrides": ["name='it is'"]}, "results/R3", "smoke")
     words = shlex.split(text)
@@ -112,3 +114,14 @@ def test_a_comparison_runs_below_a_folder_of_any_name(tmp_path: Path):
     command("train", *TINY, compare, f"hydra.run.dir={as_override(str(folder))}")
     assert all(Run(folder / name).status == "finished" for name in ("with", "without"))
     assert (folder / "comparison.png").is_file()
+
+
+def test_overrides_of_a_sweep_file_are_those_of_its_jobs_too():
+    """Those of the command line come after them, and are stronger."""
+    plain = {"sweep": {**SWEEP_FILE, "overrides": ["trainer.max_steps=6"]}, "overrides": ["trainer.max_steps=7"]}
+    sweep = read(plain, "mine")
+    assert isinstance(sweep, Sweep)
+    assert sweep.overrides == ["trainer.max_steps=6", "trainer.max_steps=7"]
+
+
+SWEEP_FILE = {"_target_": "src.sweeps.plan.Sweep", "title": "mine", "tasks": {"Depo": []}, "variants": {"none": []}}

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import struct
 import zipfile
@@ -16,9 +17,11 @@ from src.callbacks.guard import replay
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.checkpoints.__main__ import main
 from src.checkpoints.files import problem_of
+from src.checkpoints.plain import is_filled, load_plain
 from src.checkpoints.sharded import write_shards
 from src.config import ConfigError, RunError
 from src.evaluate import evaluate
+from src.modules.optimizers import AdamW, check_loaded
 from src.train import train
 from tests.runs import TINY, compose_run, tiny_run
 from tests.runs import main as main_of
@@ -246,9 +249,22 @@ HEX += b"".join(b"h\x00h%cX\x03\x00\x00\x00hex\x86Rq%c" % (i + 1, i + 2) for i i
 STEPS = {
     "a key that is a pair of pairs of pairs": (PAIRS + b"}h\x2dK\x01s.", "a key that is neither"),
     "the same by many at once": (PAIRS + b"}(h\x2dK\x01u.", "a key that is neither"),
+    "the name of numbers": (
+        PAIRS + b"((X\x07\x00\x00\x00storageq\x60ctorch\nFloatStorage\nh\x2dX\x03\x00\x00\x00cpuK\x01tQ.",
+        "asks for numbers in a way",
+    ),
+    "attributes of a dictionary": (
+        PAIRS + b"ccollections\nOrderedDict\n)R](h\x2dK\x01\x86eb.",
+        "changes what is no dictionary",
+    ),
+    "sizes again and again": (b"ctorch\nSize\n(K\x01K\x01K\x01t\x85R.", "a pickled object, torch.Size"),
+    "numbers that are not there": (
+        b"ctorch.storage\nUntypedStorage\nJ\xff\xff\xff\x7f\x85R.",
+        "calls class of storage",
+    ),
     "the same in an OrderedDict": (
         PAIRS + b"ccollections\nOrderedDict\n](h\x2dK\x01\x86e\x85R.",
-        "fills an OrderedDict by a call",
+        "calls collections OrderedDict in a way",
     ),
     "a set": (PAIRS + b"cbuiltins\nset\n]h\x2da\x85R.", "a pickled object, builtins.set"),
     "encodings of encodings": (HEX + b".", "a pickled object, _codecs.encode"),
@@ -276,6 +292,62 @@ def test_a_kilobyte_takes_no_time_and_no_memory(trained, tmp_path, name):
         load_model(path)
     with watched(tmp_path, seconds=10), pytest.raises(ConfigError, match=rf"small\.ckpt.*{why}"):
         replay(path, load_model(trained))
+
+
+@pytest.mark.parametrize("numbers", [10**9, -1])
+def test_a_tensor_has_no_more_numbers_than_there_are(tmp_path, numbers):
+    """PyTorch believes what a file says of how many there are, and would read what lies behind them in memory."""
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(300)}, buffer)
+    with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(tmp_path / "odd.ckpt", "w") as archive:
+        for name in whole.namelist():
+            content = whole.read(name)
+            if name.endswith("data.pkl"):
+                said = b"J" + numbers.to_bytes(4, "little", signed=True)
+                assert content.count(b"M\x2c\x01tq") == 1
+                content = content.replace(b"M\x2c\x01tq", said + b"tq")
+            archive.writestr(name, content)
+    for source in (tmp_path / "odd.ckpt", io.BytesIO((tmp_path / "odd.ckpt").read_bytes())):
+        with pytest.raises(pickle.UnpicklingError, match="more numbers than there are"):
+            load_plain(source)
+
+
+def test_a_file_of_another_format_in_front_of_an_archive_is_refused(trained, tmp_path):
+    """PyTorch reads what begins with something else in another way, of which nothing has been looked at."""
+    path = tmp_path / "two.ckpt"
+    torch.save({"a": 1}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes() + (trained / "checkpoints" / "step00000003.ckpt").read_bytes())
+    for source in (path, io.BytesIO(path.read_bytes())):
+        with pytest.raises(pickle.UnpicklingError, match="not a checkpoint"):
+            load_plain(source)
+
+
+def test_moments_lie_one_number_after_another(trained):
+    """A kernel goes through as many numbers as there should be, wherever those of the file lie."""
+    stored = torch.zeros(100)
+    overlapping = stored.as_strided((100,), (0,), 99)
+    assert not is_filled(overlapping)
+    assert not is_filled(stored.as_strided((50, 2), (1, 1)))
+    assert is_filled(stored.view(10, 10).t())
+    parameter = torch.nn.Parameter(torch.zeros(100))
+    optimizer = AdamW([("a", parameter)], lr=0.1)
+    optimizer.register_load_state_dict_pre_hook(check_loaded)
+    state = {"step": torch.tensor(1.0), "exp_avg": overlapping, "exp_avg_sq": torch.zeros(200)[::2]}
+    optimizer.load_state_dict({"state": {0: state}, "param_groups": [{"params": [0]}]})
+    assert all(optimizer.state[parameter][name].stride() == (1,) for name in ("exp_avg", "exp_avg_sq"))
+    parameter.grad = torch.ones(100)
+    optimizer.step()
+    assert not stored.any()
+
+
+def test_a_format_that_is_a_pair_of_pairs_is_not_written_out(trained, tmp_path):
+    pair: tuple = ()
+    for _ in range(45):
+        pair = (pair, pair)
+    checkpoint = torch.load(trained / "checkpoints" / "step00000003.ckpt", weights_only=True)
+    torch.save(checkpoint | {"format": pair}, tmp_path / "odd.ckpt")
+    with watched(tmp_path, seconds=10), pytest.raises(CheckpointError, match=r"odd\.ckpt.*format a tuple"):
+        load_model(tmp_path / "odd.ckpt")
 
 
 def test_attributes_of_a_tensor_or_a_dictionary_hide_nothing(trained, tmp_path):
@@ -372,6 +444,16 @@ def test_links_that_lead_out_of_a_runs_folder_are_refused(tmp_path, capsys, name
     assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("mine.part", "precious")]
 
 
+def test_a_link_is_refused_whatever_hydra_is_told_by_flags(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("mine")
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / ".hydra" / "config.yaml").symlink_to(tmp_path / "mine.yaml")
+    with pytest.raises(SystemExit):
+        main_of(train, "train", "--config-dir", str(tmp_path), *TINY, f"hydra.run.dir={tmp_path / 'run'}")
+    assert "is a link to" in capsys.readouterr().err
+    assert (tmp_path / "mine.yaml").read_text() == "mine"
+
+
 def test_the_name_of_other_results_is_no_way_out_of_the_folder(trained, tmp_path):
     """Results of another run are kept under their hash, which somebody else may have written."""
     run, mine = tmp_path / "run", tmp_path / "mine"
@@ -411,3 +493,13 @@ def test_a_link_in_a_circle_leads_nowhere(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "loop").symlink_to("loop")
     tiny_run(tmp_path / "run", *EVERY, "trainer.max_steps=5", "ckpt_path=auto")
+
+
+def test_a_truncated_final_checkpoint_is_named(trained, tmp_path, caplog):
+    """What cannot be opened has no step, and must not be passed over for that."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    final = run / "checkpoints" / "final.ckpt"
+    final.write_bytes(final.read_bytes()[:3000])
+    assert load_model(run).count_parameters() > 0
+    assert "final.ckpt is damaged" in caplog.text

@@ -153,6 +153,17 @@ def test_a_few_bytes_of_a_description_take_no_time_and_no_memory(shards):
         read_checkpoint(shards)
 
 
+@pytest.mark.parametrize("called", ["_MEM_FORMAT_ENCODING", "MetadataIndex"])
+def test_nothing_of_a_description_is_called(shards, called):
+    """An enumeration hashes what it is asked for, and a description writes what it does not know into its message."""
+    pairs = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(45))
+    name = f"ctorch.distributed.checkpoint.metadata\n{called}\n".encode()
+    (shards / METADATA).write_bytes(b"\x80\x02" + pairs + name + b"h\x2d\x85R.")
+    sign(shards)
+    with watched(shards, seconds=10), pytest.raises(CheckpointError, match="description"):
+        read_checkpoint(shards)
+
+
 def test_a_path_of_paths_of_paths_is_not_made(shards):
     """A checkpoint says where it lay when it was written; to make that path would double it at each step."""
     path = b"cpathlib\nPosixPath\nq\x00X\x01\x00\x00\x00a\x85Rq\x01"

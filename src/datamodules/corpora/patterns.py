@@ -208,7 +208,9 @@ def _end_of_class(pattern: str, start: int) -> int:
 
 
 def _is_wide(atoms: frozenset[str]) -> bool:
-    """Whether atoms match letters and blanks, together."""
+    """Whether atoms match letters and blanks, together. A negated class does unless it leaves out blanks: there are many alphabets."""
+    if any(atom.startswith("[^") and "\\s" not in atom for atom in atoms):
+        return True
     matched = set[str]().union(*map(_matched, atoms))
     return bool(matched & set(_LETTERS)) and bool(matched & set(_BLANKS))
 
