@@ -84,7 +84,10 @@ def strange_in(folder: Path) -> str | None:
                     if os.path.commonpath([home, os.path.realpath(entry.path)]) != home:
                         return f"{name!r} in it is a link to {os.readlink(entry.path)!r}; what is written there would be written elsewhere"
                 elif entry.is_dir():
-                    waiting.append(entry.path)
+                    # Each record of W&B's is a new folder, never written to again, with links to its own logs in the user's cache.
+                    above = os.path.dirname(entry.path)
+                    if above == home or os.path.basename(above) != "wandb":
+                        waiting.append(entry.path)
                 elif not entry.is_file():
                     return f"{name!r} in it is a pipe, a socket or a device, and no file"
     return None
