@@ -25,7 +25,7 @@ _OPTIONAL |= {"callbacks": dict, "loops": dict, "optimizer_states": list, "lr_sc
 _OPTIONAL |= {"shares": int}
 # Of a LambdaLR; the optimizer, an attribute too, is no part of it.
 _OF_SCHEDULES = {"base_lrs", "last_epoch", "verbose", "_step_count", "_last_lr", "_get_lr_called_within_step"}
-_OF_SCHEDULES |= {"lr_lambdas", "_get_lr_called_within_step", "_is_initial"}
+_OF_SCHEDULES |= {"lr_lambdas", "_is_initial"}
 _WITHOUT_TENSORS = ("config", "data", "validated", "pending_metrics", "ended")
 
 
