@@ -20,13 +20,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from src.build import compose_config
-from src.config import ConfigError, instantiate
-from src.datamodules.base import StreamDataModule
+from src.checks import checked
+from src.config import ConfigError
 from src.overrides import as_override, quoted
 from src.reporting.comparison import Variant, draw, print_table
 from src.reporting.git import code_of, remarks_on_code
 from src.reporting.registry import Run
-from src.run import checked, run
+from src.run import run
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +85,12 @@ def summarise(
     config: DictConfig, output_dir: Path, folders: dict[str, Path], results: dict[str, dict[str, float]]
 ) -> None:
     """Prints the table, draws the figure and says where it is."""
-    datamodule: StreamDataModule = instantiate(config.data, "data")
-    chance = datamodule.chance()
-    found = [Variant(name, folders[name], metrics) for name, metrics in results.items()]
-    print_table(found, chance)
-    figure = draw(found, output_dir / "comparison.png", config.name, chance.get("accuracy"))
+    found = [
+        Variant(name, folders[name], metrics, Run(folders[name]).results.get("chance") or {})
+        for name, metrics in results.items()
+    ]
+    print_table(found)
+    figure = draw(found, output_dir / "comparison.png", config.name)
     print(f"figure: {figure}")
     for remark in remarks_on_code(Counter(code_of(Run(folder).record) for folder in folders.values())):
         log.warning(f"{output_dir}: {remark}")

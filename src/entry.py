@@ -55,7 +55,7 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
         except Exception as error:
             status = status_of(error)
             if status == 2:
-                written_before.restore()
+                written_before.restore(Path(HydraConfig.get().runtime.output_dir))
             if status is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             fail(str(error), status)
@@ -79,6 +79,9 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
             and (strange := strange_in(Path(folder.strip("'\"")))) is not None
         ):
             fail(f"{key}={folder}: {strange}. Remove it, or choose another folder")
+        if key == "hydra.sweep.dir" and (there := Path(folder.strip("'\""))).is_dir():
+            for child in there.iterdir():
+                written_before.keep(child.absolute())
     guarded.__module__ = "__main__"
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)()
 
@@ -208,14 +211,15 @@ class _HydrasFiles:
         self._contents: dict[Path, bytes] = {}
 
     def keep(self, folder: Path | None) -> None:
-        """Remembers them."""
+        """Remembers those of a run."""
         if folder is not None:
-            self._contents = {path: path.read_bytes() for path in (folder / ".hydra").glob("*.yaml")}
+            self._contents |= {path: path.read_bytes() for path in (folder / ".hydra").glob("*.yaml")}
 
-    def restore(self) -> None:
-        """Puts them back."""
+    def restore(self, folder: Path) -> None:
+        """Puts those of a run back."""
         for path, content in self._contents.items():
-            path.write_bytes(content)
+            if path.parent.parent == folder.absolute():
+                path.write_bytes(content)
 
 
 def explain_overrides(config_name: str, overrides: list[str]) -> Path | None:

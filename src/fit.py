@@ -10,6 +10,7 @@ training is over: a run that is killed in its test is only tested when it is sta
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -162,18 +163,39 @@ class _EpochLoop(_TrainingEpochLoop):
         """Training ends after whole optimizer steps only: gradients of a part of one are in no checkpoint."""
         return super().done and not self._is_within_a_step()
 
-    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
-        """The last step of all is validated too, whatever ``val_check_interval`` says."""
-        if self._is_within_a_step():
+    def falls_due(self) -> bool:
+        """Whether the run asks for a validation after the batch that has just ended; a longer run would do the same there."""
+        if self._is_within_a_step() or not self.trainer.enable_validation:
             return False
         every, ended = self.trainer.val_check_interval, self.total_batch_idx + 1
         if isinstance(every, int) and is_due(ended, every, self.trainer.accumulate_grad_batches):
-            return self.trainer.enable_validation
-        if super()._should_check_val_fx(data_fetcher):
             return True
-        return self.trainer.enable_validation and (
-            self.global_step >= self.trainer.max_steps > 0 or self._is_last_epoch()
-        )
+        trainer: Any = self.trainer
+        limit, clock = trainer.limit_train_batches, trainer._val_check_time_interval
+        over = self.batch_progress.is_last_batch or (isinstance(limit, int) and (self.batch_idx + 1) % limit == 0)
+        late = clock is not None and time.monotonic() - trainer._last_val_time >= clock
+        return self._should_check_val_epoch() and (over or late)
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        """The last step of all is validated too, whatever ``val_check_interval`` says, as is the one after which a callback stops."""
+        if self.falls_due():
+            return True
+        if self._is_within_a_step() or not self.trainer.enable_validation:
+            return False
+        stopped = self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
+        if stopped or self.global_step >= self.trainer.max_steps > 0 or self._is_last_epoch():
+            # Should the run go on after all, then as if nobody had looked.
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            stopping = {c.state_key: c.state_dict() for c in callbacks if isinstance(c, EarlyStopping)}
+            self.trainer.lightning_module.states_before_extra = stopping  # type: ignore[union-attr]
+            return True
+        return False
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """What is logged belongs to the step that has just ended, also where a checkpoint of a validation leads right into it."""
+        if not self._is_within_a_step():
+            self._batches_that_stepped = self.global_step - 1
+        super().on_advance_end(data_fetcher)
 
     def _is_within_a_step(self) -> bool:
         return self._should_accumulate()

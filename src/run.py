@@ -18,11 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from src.build import check_measured, model_from_config
+from src.build import model_from_config
 from src.callbacks.guard import Guard, RollBack
 from src.callbacks.preemption import at_once
 from src.callbacks.throughput import Throughput
-from src.checkpoints.files import read_checkpoint, to_resume
+from src.checkpoints.files import put_later_aside, read_checkpoint, to_resume
 from src.checkpoints.resume import (
     check_same_data,
     check_same_model,
@@ -32,24 +32,24 @@ from src.checkpoints.resume import (
     is_over,
     is_scored_otherwise,
 )
+from src.checks import check_machine, checked
 from src.components.backbone import Backbone
 from src.components.kernels.registry import forget_backends, used_backends
-from src.config import ConfigError, check, check_complete, experiment_hash, instantiate, suggest, to_plain
+from src.config import ConfigError, experiment_hash, instantiate
 from src.config.identity import changed_data
+from src.config.schema import TARGET
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
-from src.evaluation.evaluators import lower_is_better
 from src.evaluation.statistics import intervals
 from src.files import Lock, put_aside, remove_parts, strange_in, write_text
 from src.fit import PLANNED, fit, log_at_step
 from src.modules.language_model import LanguageModel
 from src.modules.parallel import may_be_deferred
-from src.reporting.registry import Recorded, Run, peak_memory_bytes, tell_other_code, write_json
+from src.reporting.registry import Recorded, Run, peak_memory_bytes, write_json
 
 log = logging.getLogger(__name__)
 
-RECOMPUTE = ("none", "block", "selective")
-MOST_SEED = 2**32 - 1
+DEFAULT_POSITION = "src.components.position.RoPE"
 
 
 def run(config: DictConfig) -> dict[str, float]:
@@ -144,7 +144,6 @@ def alone_in(output_dir: Path) -> Iterator[None]:
 
 
 def _recorded(plain: dict[str, Any], identity: str, output_dir: Path, checkpoint: str | None) -> dict[str, float]:
-    tell_other_code(checkpoint)
     with Recorded(output_dir, identity, checkpoint) as recorded:
         leave_out: set[int] = set()
         while True:
@@ -182,6 +181,11 @@ def _run(
     if opened is not None and plain["train"]:
         module.continued_here = continued_from(opened, plain)
     recorded.begin()
+    chosen = (
+        plain["ckpt_path"] != "auto" or leave_out
+    )  # else it is the newest whole one, and only damaged ones come after it
+    if opened is not None and plain["train"] and not over and chosen and _is_in(str(checkpoint), output_dir):
+        rank_zero_only(put_later_aside)(output_dir / "checkpoints", opened["global_step"])
     introduce(plain, net, datamodule, output_dir)
 
     started = time.perf_counter()
@@ -237,100 +241,12 @@ def take_up(
     over = train and own and is_over(opened, plain)
     if train and not over:
         check_steps_left(opened, plain, checkpoint, own=own)
-    check_same_run(opened, plain, checkpoint, over=over)
+    check_same_run(opened, plain, checkpoint, over=over, train=train)
     if train:
         log.info(
             f"{checkpoint}: {'training is over, testing' if over else 'going on'} after step {opened['global_step']}"
         )
     return opened, over
-
-
-def checked(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration in plain containers, every section checked against the classes it names.
-
-    The model is built once on the meta device: an impossible combination is found before any data is prepared.
-    """
-    check_complete(config)
-    plain = to_plain(config)
-    plain.pop("compare", None)
-    check_settings(plain)
-    for section in ("trainer", "data", "optimizer", "scheduler", "loss", "callbacks", "logger", "canon"):
-        check(plain.get(section), section, {"callbacks", "logger"} if section == "trainer" else None)
-    check_watched(plain)
-    net = model_from_config(plain["model"] | {"vocab_size": plain["model"]["vocab_size"] or 2}, device="meta")
-    for section in ("loss", "scheduler"):
-        instantiate(plain[section], section)
-    try:
-        instantiate(plain["optimizer"] | {"fused": False}, "optimizer")(net.named_parameters())
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return plain
-
-
-def check_settings(plain: dict[str, Any]) -> None:
-    """Checks what no class signature covers: the top-level keys, and numbers that Lightning would trip over later."""
-    kinds: dict[str, Any] = {"train": bool, "test": bool, "compile": bool, "seed": int, "name": str, "tags": list}
-    kinds |= {"ckpt_path": str | None, "optimized_metric": str | None, "activation_checkpointing": str}
-    sections = {"data", "model", "size", "position", "optimizer", "scheduler", "trainer", "callbacks", "logger"}
-    for key in plain:
-        if key not in sections | kinds.keys() | {"paths", "canon", "loss"}:
-            raise ConfigError(f"{key}: no such key; {suggest(key, sections | kinds.keys())}")
-    for key, kind in kinds.items():
-        if not isinstance(plain[key], kind) or (kind is int and (isinstance(plain[key], bool) or plain[key] < 0)):
-            expected = {bool: "true or false", int: "a number from 0 on", list: "a list, [a, b]"}.get(kind, "a string")
-            raise ConfigError(f"{key}={plain[key]!r}: {expected}")
-    if plain["seed"] > MOST_SEED:
-        raise ConfigError(f"seed={plain['seed']}: at most {MOST_SEED}, which is what NumPy takes")
-    if plain["activation_checkpointing"] not in RECOMPUTE:
-        word = plain["activation_checkpointing"]
-        raise ConfigError(f"activation_checkpointing={word}: no such kind; {suggest(word, RECOMPUTE)}")
-    if not plain["train"] and not plain["test"]:
-        raise ConfigError("train=false and test=false: nothing to do")
-    if not plain["train"] and not plain["ckpt_path"]:
-        raise ConfigError("train=false: ckpt_path= must say which checkpoint to test")
-    trainer = plain["trainer"]
-    for key in ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
-        if isinstance(trainer.get(key, 1), int) and trainer.get(key, 1) < 1:
-            raise ConfigError(f"trainer.{key}={trainer[key]}: at least 1")
-    check_batches(trainer)
-    clip = trainer.get("gradient_clip_val")
-    if isinstance(clip, int | float) and clip <= 0:
-        raise ConfigError(f"trainer.gradient_clip_val={clip}: positive, or null for no clipping")
-
-
-def check_batches(trainer: dict[str, Any]) -> None:
-    """Raises a ConfigError where an optimizer step would be cut by the end of an epoch, or an epoch's length be needed."""
-    accumulate, limit = trainer.get("accumulate_grad_batches") or 1, trainer.get("limit_train_batches")
-    if isinstance(limit, int) and limit % accumulate:
-        raise ConfigError(
-            f"trainer.limit_train_batches={limit}: a multiple of trainer.accumulate_grad_batches={accumulate}"
-        )
-    for key in ("val_check_interval", "limit_train_batches"):
-        if isinstance(trainer.get(key), float):
-            raise ConfigError(
-                f"trainer.{key}={trainer[key]}: a whole number of batches; the stream has no epochs to take a share of"
-            )
-
-
-def check_watched(plain: dict[str, Any]) -> None:
-    """Raises a ConfigError when a run is to be judged, or a checkpoint chosen, by what is not measured on its data."""
-    if plain["optimized_metric"] is not None:
-        check_measured("optimized_metric", plain["optimized_metric"], plain["data"])
-    for name, callback in (plain.get("callbacks") or {}).items():
-        metric = str((callback or {}).get("monitor"))
-        if metric in ("None", "step", "epoch") or metric.startswith("train/"):
-            continue
-        check_measured(f"callbacks.{name}.monitor", metric, plain["data"], ("val/",))
-        mode, best = callback.get("mode", "min"), "min" if lower_is_better(metric) else "max"
-        if mode != best:
-            raise ConfigError(f"callbacks.{name}.mode={mode}: {best}, for {metric}")
-
-
-def check_machine(plain: dict[str, Any]) -> None:
-    """Raises a ConfigError when this machine lacks what the configuration asks for; another one may have it."""
-    accelerator = plain["trainer"].get("accelerator")
-    if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
-        raise ConfigError(f"trainer.accelerator={accelerator}: no CUDA device here. Use trainer=cpu")
 
 
 def refuse_foreign_checkpoints(output_dir: Path, checkpoint: str | None) -> None:
@@ -405,7 +321,8 @@ def build_trainer(plain: dict[str, Any], **overrides: Any) -> L.Trainer:
     loggers = [instantiate(node, f"logger.{name}") for name, node in (plain.get("logger") or {}).items()]
     has_checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     return instantiate(
-        {"enable_checkpointing": has_checkpoints, "enable_progress_bar": _has_bar(callbacks)}
+        # Lightning would want one whole epoch with min_steps, and one epoch is the whole stream.
+        {"enable_checkpointing": has_checkpoints, "enable_progress_bar": _has_bar(callbacks), "min_epochs": 0}
         | plain["trainer"]
         | overrides,
         "trainer",
@@ -422,6 +339,9 @@ def _has_bar(callbacks: list[Any]) -> bool:
 def introduce(plain: dict[str, Any], net: Backbone, datamodule: StreamDataModule, output_dir: Path) -> None:
     """Says what is about to run, and writes the resolved configuration before the first step."""
     write_text(output_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    chosen, mixers = plain["position"], plain["model"]["mixers"].values()
+    if chosen[TARGET] != DEFAULT_POSITION and all(mixer.get("position") is None for mixer in mixers):
+        log.warning(f"position={chosen[TARGET]}: no mixer of this model takes positions; it is ignored")
     canon = net.canon.positions or "none"
     log.info(
         f"{plain['name']}: {net.count_parameters():,} parameters, {net.depth} x {net.dim} {net.pattern}, "

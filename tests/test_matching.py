@@ -47,7 +47,10 @@ def count_of(config, changes, budget, seq_len):
         return None
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(m, marks=[] if m in ("llama", "gdn", "mamba2_no_mlp", "moe") else pytest.mark.slow) for m in MODELS],
+)
 def test_every_model_matches_the_parameters_of_a_tiny_llama_by_width(model):
     found = match_model([f"model={model}"], budget="parameters", target=1_411_392)
     net = meta(f"model={model}", *found.overrides)

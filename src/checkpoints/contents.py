@@ -141,6 +141,8 @@ def _check_measured(checkpoint: dict[str, Any]) -> None:
     metrics, counts = validated.get("metrics"), validated.get("counts")
     if type(validated.get("step")) not in (int, type(None)):
         raise ValueError("its 'validated' is of a 'step' that is no number")
+    if not isinstance(validated.get("due"), bool | None):
+        raise ValueError("its 'validated' is 'due' as neither true nor false")
     if not isinstance(metrics, dict) or not isinstance(counts, dict):
         raise ValueError("its 'validated' has no 'metrics' and 'counts'")
     for numbers in (metrics, checkpoint.get("pending_metrics") or {}):

@@ -14,12 +14,13 @@ import torch
 
 from src.checkpoints.contents import MOST_STEPS, check_contents
 from src.checkpoints.described import check_types, described_model, weights_of
-from src.checkpoints.integrity import damage, step_of
+from src.checkpoints.integrity import CHECKSUM, damage, step_of
 from src.checkpoints.plain import load_plain
 from src.checkpoints.sharded import META, check_shards, is_sharded, read_metadata, read_shards
 from src.components.backbone import Backbone
 from src.config import ConfigError
 from src.config.errors import printable
+from src.files import put_aside
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,26 @@ def newest_whole(folder: Path, below: int | None = None) -> Path | None:
         below: only of steps before this one.
     """
     return first_whole(path for path in newest_first(folder) if below is None or _recorded_step(path) < below)
+
+
+def put_later_aside(folder: Path, step: int) -> None:
+    """Leaves no checkpoint of a later step under its name: a run that goes on from an earlier one will have others of these steps.
+
+    Args:
+        folder: a run's ``checkpoints``.
+        step: that it goes on from.
+    """
+    named = {path: step_of(path) for path in folder.glob("*.ckpt")}
+    later = [path for path, number in named.items() if (number if number >= 0 else _recorded_step(path)) > step]
+    for path in sorted(later):
+        if path.is_symlink():  # last.ckpt, which holds nothing itself
+            path.unlink()
+            continue
+        kept = put_aside(path, "superseded")
+        checksum = path.with_name(path.name + CHECKSUM)
+        if checksum.exists():
+            checksum.rename(kept.with_name(kept.name + CHECKSUM))
+        log.warning(f"{path} is of a later step than the one that the run goes on from; it is kept as {kept.name}")
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -40,6 +40,9 @@ MAY_DIFFER = (
     # What is done about a bad step is decided when there is one.
     "callbacks.guard",
 )
+# What a callback that ends training by a validation's metric depends on.
+_VALIDATED = ("trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.limit_val_batches")
+_VALIDATED += ("data.val_windows", "data.val_answers")
 # What ends training; a run that was over under other values of these may have more to do.
 ENDS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.limit_train_batches", "callbacks")
 # What decides about the outcome of an evaluation besides the weights.
@@ -56,7 +59,9 @@ _BATCHING = ("data.eval_batch_size", "trainer.devices", "trainer.num_nodes", "tr
 _INGREDIENTS = ("size", "position", "canon")
 
 
-def check_same_run(checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path, *, over: bool = False) -> None:
+def check_same_run(
+    checkpoint: dict[str, Any], plain: dict[str, Any], path: str | Path, *, over: bool = False, train: bool = True
+) -> None:
     """Raises a CheckpointError that names every setting in which the run of a checkpoint differs from this one and must not.
 
     Args:
@@ -64,9 +69,12 @@ def check_same_run(checkpoint: dict[str, Any], plain: dict[str, Any], path: str 
         plain: the configuration of this run, with ``model.vocab_size`` filled in.
         path: of the checkpoint, for the message.
         over: nothing will be trained any more: what decides about steps cannot be changed then.
+        train: it is to be trained, not only tested.
     """
     differing = differences(checkpoint["config"], plain)
     free = {key for key in differing if _is_under(key, MAY_DIFFER)}
+    if _stops_by_validation(plain):
+        free -= {key for key in differing if _is_under(key, _VALIDATED)}
     if over or _has_skipped(checkpoint):  # a guard that has left out updates has left its mark on the weights
         free -= {key for key in differing if _is_under(key, ("callbacks",))}
     if over:
@@ -81,11 +89,17 @@ def check_same_run(checkpoint: dict[str, Any], plain: dict[str, Any], path: str 
         )
     if said := {key: pair for key, pair in differing.items() if not key.startswith("scheduler.")}:
         log.warning(f"going on with other settings than before: {_told(said)}")
-    if "scheduler.total_steps" in differing:
+    if train and "scheduler.total_steps" in differing:
         before, now = differing["scheduler.total_steps"]
         log.warning(
             f"resuming a run whose schedule was one of {before} steps with one of {now}: the learning rate follows it from here"
         )
+
+
+def _stops_by_validation(plain: dict[str, Any]) -> bool:
+    """Whether there is a callback that counts (``config/identity.py``) and looks at a metric of the validation set."""
+    callbacks = computed(plain).get("callbacks", {}).values()
+    return any(str((node or {}).get("monitor")).startswith("val/") for node in callbacks)
 
 
 def _has_skipped(checkpoint: dict[str, Any]) -> bool:
@@ -127,6 +141,12 @@ def check_steps_left(checkpoint: dict[str, Any], plain: dict[str, Any], path: st
         raise CheckpointError(
             f"ckpt_path={path} is at step {step}, and trainer.max_steps={last}: nothing is left to train. "
             "Raise trainer.max_steps, or test it with train=false"
+        )
+    if not own and is_over(checkpoint, plain):
+        why = printable(str(checkpoint["ended"].get("why"))[:200])
+        raise CheckpointError(
+            f"ckpt_path={path}: training ended after step {step} ({why}), and would end there again: nothing is left to train. "
+            "Test it with train=false, or change what ended it"
         )
 
 

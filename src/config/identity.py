@@ -64,6 +64,9 @@ def computed(plain: dict[str, Any]) -> dict[str, Any]:
         kept["trainer"]["plugins"] = plugins
     if callbacks := {name: node for name, node in (plain.get("callbacks") or {}).items() if _changes_numbers(node)}:
         kept["callbacks"] = callbacks
+        if any(str(node.get("monitor")).startswith("train/") for node in callbacks.values() if isinstance(node, dict)):
+            # What is logged of training is all that a callback knows of it.
+            kept["trainer"]["log_every_n_steps"] = trainer.get("log_every_n_steps")
     folders = {str(value): f"<{key}>" for key, value in (plain.get("paths") or {}).items() if value}
     return _placeless(kept, folders)
 

@@ -27,10 +27,14 @@ from src.config.errors import ConfigError, suggest
 
 
 class Family(NamedTuple):
-    """Public classes below ``package`` that derive from ``base``; the dotted name of a class stands for itself and what derives from it."""
+    """Public classes below ``package`` that derive from ``base``; the dotted name of a class stands for itself and what derives from it.
+
+    ``names``: only these of them, where a package has others that would make what a run says of itself untrue.
+    """
 
     package: str
     base: str
+    names: frozenset[str] | None = None
 
 
 class Section(NamedTuple):
@@ -76,6 +80,17 @@ _TRAINER = (
     Family("lightning.fabric.plugins", "lightning.fabric.plugins.environments.ClusterEnvironment"),
 )
 
+# Of Lightning's own callbacks those that leave weights, steps and batches to the run, and averages of weights that it knows how to test
+# and to resume. The others change behind its back what is tested after what was validated (StochasticWeightAveraging, ModelPruning), how
+# many steps or how large batches there are (BatchSizeFinder, GradientAccumulationScheduler), or the learning rate (LearningRateFinder).
+_OF_LIGHTNING = frozenset(
+    {
+        *("DeviceStatsMonitor", "EarlyStopping", "EMAWeightAveraging", "LearningRateMonitor", "ModelCheckpoint"),
+        *("ModelSummary", "OnExceptionCheckpoint", "ProgressBar", "RichModelSummary", "RichProgressBar"),
+        *("ThroughputMonitor", "Timer", "TQDMProgressBar", "WeightAveraging"),
+    }
+)
+
 SECTIONS = {
     "model": Section(("src.components.backbone.Backbone",), _MODEL),
     "canon": Section(("src.components.canon.CanonConfig",), _MODEL),
@@ -96,7 +111,10 @@ SECTIONS = {
     "trainer": Section(("lightning.Trainer",), _TRAINER),
     "callbacks": Section(
         ("lightning.Callback",),
-        (Family("src.callbacks", "lightning.Callback"), Family("lightning.pytorch.callbacks", "lightning.Callback")),
+        (
+            Family("src.callbacks", "lightning.Callback"),
+            Family("lightning.pytorch.callbacks", "lightning.Callback", _OF_LIGHTNING),
+        ),
         named=True,
     ),
     "logger": Section(
@@ -162,7 +180,9 @@ def class_of(target: Any, where: str, section: Section) -> type[Any]:
     except AttributeError:
         raise ConfigError(f"{said} does not exist; {suggest(name, _classes_in(module_name, families))}") from None
     if not _belongs(found, families):
-        raise ConfigError(f"{said} may not be built here; {suggest(name, _classes_in(module_name, families))}")
+        left_out = any(_belongs(found, [f._replace(names=None)]) for f in families)
+        why = ", it changes weights, steps or batches without the run knowing of it" if left_out else ""
+        raise ConfigError(f"{said} may not be built here{why}; {suggest(name, _classes_in(module_name, families))}")
     return found
 
 
@@ -184,7 +204,12 @@ def _below(module_name: str, package: str) -> bool:
 def _belongs(found: Any, families: list[Family]) -> bool:
     if not inspect.isclass(found) or found.__name__.startswith("_") or inspect.isabstract(found):
         return False
-    return any(_below(found.__module__, f.package) and issubclass(found, imported(f.base)) for f in families)
+    return any(
+        _below(found.__module__, f.package)
+        and issubclass(found, imported(f.base))
+        and (f.names is None or found.__name__ in f.names)
+        for f in families
+    )
 
 
 def _classes_in(module_name: str, families: list[Family]) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer import call
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -25,6 +27,9 @@ from src.modules.losses import NextTokenLoss
 from src.modules.optimizers import check_loaded
 from src.modules.parallel import lay_out
 from src.reporting.csv_log import CSVLog
+
+# Of the trainer, what decides after which batches a run is validated.
+_VALIDATES = ("val_check_interval", "check_val_every_n_epoch", "limit_train_batches", "accumulate_grad_batches")
 
 
 def is_log_step(trainer: Any, step: int) -> bool:
@@ -87,6 +92,10 @@ class LanguageModel(L.LightningModule):
         # What the latest validation has found; a resumed run may have ended before the next.
         self.validated: dict[str, float] = {}
         self.validated_step: int | None = None  # of whose weights; None where that is not known
+        # Whether the step of the checkpoint that this run goes on from was to be validated, where the checkpoint says so for this run.
+        self._was_due: bool | None = None
+        # States of callbacks before a validation that no longer run would have had: after the last step.
+        self.states_before_extra: dict[str, Any] = {}
         # What shorter runs this one has been continued from: step and planned steps.
         self.continued: list[dict[str, int]] = []
         self.continued_here: list[dict[str, int]] = []
@@ -116,6 +125,8 @@ class LanguageModel(L.LightningModule):
         if self._configured:
             return
         self._configured = True
+        if self.trainer.precision == "64-true":
+            self.double()  # before a checkpoint is taken over: Lightning does it afterwards
         lay_out(self.net, self.trainer.strategy, recompute=self.recompute, compile=self.compile_blocks)
 
     def setup(self, stage: str) -> None:
@@ -291,7 +302,9 @@ class LanguageModel(L.LightningModule):
         checkpoint["data"] = datamodule.fingerprint() if datamodule is not None else None
         checkpoint["pending_metrics"] = self._pending_metrics()
         counts = {name: pair for name, pair in self.counts.items() if name.startswith("val/")}
-        checkpoint["validated"] = {"metrics": self.validated, "counts": counts, "step": self.validated_step}
+        due = getattr(self.trainer.fit_loop.epoch_loop, "falls_due", lambda: None)()
+        checkpoint["validated"] = {"metrics": self.validated, "counts": counts, "step": self.validated_step, "due": due}
+        checkpoint.setdefault("callbacks", {}).update(self.states_before_extra)
         checkpoint["continued"] = self.continued
         # Among how many processes batches are divided: limits on evaluation batches count those of each.
         checkpoint["shares"] = data_share(self.trainer)[1]
@@ -325,15 +338,15 @@ class LanguageModel(L.LightningModule):
         validated: dict[str, Any] = checkpoint.get("validated") or {"metrics": {}, "counts": {}}
         self.validated, self.counts = dict(validated["metrics"]), dict(validated["counts"])
         self.validated_step = validated.get("step")
+        then, now = (config.get("trainer") or {} for config in (checkpoint["config"], self.config))
+        self._was_due = validated.get("due") if all(then.get(key) == now.get(key) for key in _VALIDATES) else None
         self.continued = [*(checkpoint.get("continued") or []), *self.continued_here]
 
     def on_train_start(self) -> None:
-        """Makes up for what the last step before had still to do when its checkpoint was written: log, and validate if that was due.
-
-        Only where the run goes on in its own folder; another one begins with what is new.
-        """
+        """Makes up for what the last step before had still to do when its checkpoint was written: log, and validate if that was due."""
         (step, metrics), self._unwritten = self._unwritten, (-1, {})
         self.ended, self.began, self.began_at = None, True, self.trainer.global_step
+        self.states_before_extra = {}
         self._follow_schedule()
         if self.trainer.ckpt_path is not None:
             # Steps are counted in several places of a checkpoint; where they disagree, training might never end.
@@ -341,16 +354,20 @@ class LanguageModel(L.LightningModule):
             if not step + 1 == self.trainer.global_step == begun:
                 told = f"{step + 1} steps, {begun} begun and {self.trainer.global_step} ended"
                 raise RunError(f"checkpoint {self.trainer.ckpt_path} cannot be gone on from: it counts {told}")
+        if step < 0:
+            return
         trainer, logs = self.trainer, [logger for logger in self.trainer.loggers if isinstance(logger, CSVLog)]
         folders = [Path(str(getattr(callback, "dirpath", ""))).resolve() for callback in trainer.checkpoint_callbacks]
-        if step < 0 or Path(str(trainer.ckpt_path)).resolve().parent not in folders:
-            return
+        if Path(str(trainer.ckpt_path)).resolve().parent not in folders:
+            logs = []  # another folder's curve begins with what is new
         for logger in logs if metrics else []:
             if not logger.has(step, "train/loss"):
                 logger.log_metrics(metrics | {"epoch": self._epoch}, step=step)
         every = trainer.val_check_interval
         micro = trainer.accumulate_grad_batches
-        due = isinstance(every, int) and is_due((step + 1) * micro, every, micro)
+        due = self._was_due
+        if due is None:  # validations fall due otherwise than before
+            due = isinstance(every, int) and is_due((step + 1) * micro, every, micro)
         due = due or step + 1 == trainer.max_steps
         # What callbacks that keep the best checkpoint or stop early were told after this one was written, they have forgotten.
         missing = bool(logs) and not any(logger.has(step, "val/loss") for logger in logs)
@@ -366,3 +383,19 @@ class LanguageModel(L.LightningModule):
             validation.run()
             epoch.completed = now
             trainer.training = True
+        self._end_the_epoch_that_was_over()
+        # That training was to end is in no state of a trainer.
+        stopping = [c for c in self.trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+        trainer.should_stop = trainer.should_stop or any(c.wait_count >= c.patience for c in stopping)
+
+    def _end_the_epoch_that_was_over(self) -> None:
+        """Callbacks are told of the end of an epoch whose last step a checkpoint holds: Lightning goes on behind it."""
+        loop: Any = self.trainer.fit_loop
+        batches = loop.epoch_loop.batch_progress
+        if not (loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_train_batch_end and batches.is_last_batch):
+            return
+        epoch = loop.epoch_progress.current
+        epoch.completed, now = self._epoch, epoch.completed
+        for monitoring in (False, True):
+            call._call_callback_hooks(self.trainer, "on_train_epoch_end", monitoring_callbacks=monitoring)
+        epoch.completed = now

@@ -22,14 +22,19 @@ class Variant:
     name: str
     folder: Path
     test_metrics: dict[str, float]
+    chance: dict[str, float]  # what guessing gives on its data, by metric
 
 
-def print_table(variants: list[Variant], chance: dict[str, float]) -> None:
+def print_table(variants: list[Variant]) -> None:
     """Test metrics of every variant, and the chance levels where there are any: the longer list makes the rows."""
-    metrics = [name.removeprefix("test/") for name in variants[0].test_metrics if name.startswith("test/")]
+    named = dict.fromkeys(name for v in variants for name in v.test_metrics if name.startswith("test/"))
+    metrics = [name.removeprefix("test/") for name in named]
     columns = {v.name: {m: v.test_metrics.get(f"test/{m}") for m in metrics} for v in variants}
-    if chance:
-        columns["chance"] = dict(chance)
+    # Variants may differ in their data, and with them in what guessing gives.
+    same = all(v.chance == variants[0].chance for v in variants)
+    for v in variants[:1] if same else variants:
+        if v.chance:
+            columns["chance" if same else f"chance of {v.name}"] = dict(v.chance)
     names = list(columns)
     if len(names) <= max(4, len(metrics)):
         heading, rows = ["metric", *names], [(m, [columns[name].get(m) for name in names]) for m in metrics]
@@ -43,14 +48,13 @@ def print_table(variants: list[Variant], chance: dict[str, float]) -> None:
     Console().print(table)
 
 
-def draw(variants: list[Variant], path: Path, title: str, chance: float | None = None) -> Path:
+def draw(variants: list[Variant], path: Path, title: str) -> Path:
     """Draws training loss and one validation metric over the steps, all variants in each panel.
 
     Args:
         variants: finished runs.
         path: of the figure.
         title: above it.
-        chance: accuracy of guessing, drawn as a line where accuracy is shown.
 
     Returns:
         ``path``, a PNG.
@@ -72,8 +76,13 @@ def draw(variants: list[Variant], path: Path, title: str, chance: float | None =
     metric_axes.set(xlabel="optimizer step", ylabel=shown.removeprefix("val/").replace("_", " "), title="validation")
     if shown == "val/accuracy":
         metric_axes.set_ylim(0, 1.02)
-        if chance is not None:
-            metric_axes.axhline(chance, color="grey", linestyle=":", label="chance")
+        levels = [variant.chance.get("accuracy") for variant in variants]
+        for i, level in enumerate(levels[:1] if len(set(levels)) == 1 else levels):
+            if level is not None:
+                one = len(set(levels)) == 1
+                metric_axes.axhline(
+                    level, color="grey" if one else f"C{i % 10}", linestyle=":", label="chance" if one else None
+                )
     for axes in (loss_axes, metric_axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

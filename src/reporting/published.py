@@ -133,7 +133,7 @@ def _quantities(task: str, metric: str, entry: Entry) -> list[tuple[str, str, fl
         return [(f"accuracy at k={k}, %", f"test/accuracy/hop{k}", 100.0) for k in (most, most // 2)]
     if entry.metric.startswith("KL"):
         return [("divergence from the truth", metric if metric.endswith("/kl") else "test/kl", 1.0)]
-    return [("accuracy, %", metric if "accuracy" in metric else "test/accuracy", 100.0)]
+    return [("accuracy, %", "test/accuracy", 100.0)]
 
 
 def _entry(task: str, arch: str, difficulty: str, size: str) -> Entry | None:

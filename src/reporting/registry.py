@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from src.config import ConfigError
 from src.files import write_text
 from src.reporting.foreign import Unreadable
 from src.reporting.git import code_words, git_state
@@ -90,8 +91,12 @@ class Recorded:
             "environment": environment(),
         }
         self.clock = time.perf_counter()
-        # A start that is refused leaves the record of a finished run as it is.
-        self.begun = Run(folder).status != FINISHED
+        self.other_code = _other_code(resumed_from, self.attempt["git"])
+        # A start that is refused leaves the record of a run as it is. One that was cut off may say at once that it is back.
+        self.before = _read_json(self.path)
+        self.agreed = self.before is None
+        same = self.before is not None and self.before.get("config_hash") == config_hash
+        self.begun = self.agreed or (same and Run(folder).status != FINISHED)
 
     def __enter__(self) -> Recorded:
         if self.begun:
@@ -100,6 +105,9 @@ class Recorded:
 
     def begin(self) -> None:
         """Nothing speaks against the run any more: from now on the record is its own."""
+        if self.other_code:
+            _tell(self.other_code)
+        self.agreed, self.other_code = True, None
         if not self.begun:
             self.begun = True
             self._write()
@@ -121,7 +129,10 @@ class Recorded:
         if not self.begun:
             return
         try:
-            self._write()
+            if self.agreed or not isinstance(error, ConfigError):
+                self._write()
+            else:
+                rank_zero_only(write_json)(self.path, self.before or {})
         except OSError as write_error:  # what the run has to say for itself is worth more than its record
             log.error(
                 f"{self.path} cannot be written ({write_error}): it will say that the run is still running, or lost"
@@ -140,21 +151,25 @@ class Recorded:
         write_json(self.path, self.attempt | {"earlier": earlier})
 
 
-@rank_zero_only
-def tell_other_code(checkpoint: str | None) -> None:
-    """Warns when the run of a checkpoint has last been at work under other code than there is here: its results will be of both.
+def _other_code(checkpoint: str | None, here: Any) -> str | None:
+    """A warning when the run of a checkpoint has last been at work under other code than there is here.
 
     Args:
         checkpoint: that a run goes on from, in the folder ``checkpoints`` of the run that wrote it; None for a run from the start.
+        here: the state of the code.
     """
     if checkpoint is None:
-        return
+        return None
     folder = Path(checkpoint).resolve().parent.parent
-    before, now = code_words(Run(folder).record.get("git")), code_words(git_state())
-    if before and now and before != now:
-        log.warning(
-            f"going on with other code than before: {before} there, {now} here; the results will be of both ({folder / 'run.json'})"
-        )
+    before, now = code_words(Run(folder).record.get("git")), code_words(here)
+    if not before or not now or before == now:
+        return None
+    return f"going on with other code than before: {before} there, {now} here; the results will be of both ({folder / 'run.json'})"
+
+
+@rank_zero_only
+def _tell(words: str) -> None:
+    log.warning(words)
 
 
 def environment() -> dict[str, Any]:

@@ -68,8 +68,9 @@ def makespan(seconds: Iterable[float], workers: int) -> float:
 def training_flops(job: Job) -> float:
     """Forward and backward, over the whole run."""
     data = job.config["data"]
-    tokens = job.config["trainer"]["max_steps"] * data["batch_size"] * data["window"]
-    return 3.0 * net_of(job).flops_per_token(data["window"] - 1) * tokens
+    read = data["window"] - 1  # the last token of a window is only predicted
+    tokens = job.config["trainer"]["max_steps"] * data["batch_size"] * read
+    return 3.0 * net_of(job).flops_per_token(read) * tokens
 
 
 def net_of(job: Job) -> Backbone:

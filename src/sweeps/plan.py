@@ -29,11 +29,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from src.build import CONFIG_DIR, check_measured, compose_config, swept_over
+from src.checks import checked
 from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
 from src.datamodules.base import StreamDataModule
 from src.matching import match_model
 from src.overrides import as_override, first_misspelt_key, quoted
-from src.run import checked
 from src.sweeps.compositions import Composer
 from src.sweeps.kinds import check_kinds, check_texts
 from src.sweeps.statements import SEED, Match, Statement, is_repetition

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -84,11 +84,11 @@ class Search:
 
     @property
     def identity(self) -> str:
-        """Of what decides a trial's score: trials of another base, space or metric are those of another search.
+        """Of what decides a trial's score: trials of another configuration, space or metric are those of another search.
 
         How many there are, and how they are chosen and stopped, may change in its course.
         """
-        return config_hash({"base": self.base, "overrides": self.overrides, "space": self.space, "metric": self.metric})
+        return config_hash({"jobs": [job.name for job in self._bases], "space": self.space, "metric": self.metric})
 
     def data_now(self) -> list[dict[str, Any]]:
         """Which data the trials would be measured on, as the files are now: of the base, and of every choice that may name others.
@@ -96,28 +96,36 @@ class Search:
         Raises:
             ConfigError: the base describes no data.
         """
-        return [expected_data(section) for section in self._data_sections]
+        return [
+            expected_data(section)
+            for section in {repr(j.config["data"]): j.config["data"] for j in self._bases}.values()
+        ]
+
+    def now(self) -> tuple[str, list[dict[str, Any]]]:
+        """Identity and data as the files of the configuration and of the data are at this moment."""
+        fresh = replace(self)
+        return fresh.identity, fresh.data_now()
 
     @cached_property
-    def _data_sections(self) -> list[dict[str, Any]]:
+    def _bases(self) -> list[Job]:
+        """What is composed of files: the base, and every choice that may name others. Numbers between two ends say all themselves."""
         overrides = [*self.base, "compare=null", *self.overrides]
-        found = [job_of("search", "base", {}, overrides, thorough=False).config["data"]]
+        found = [job_of("search", "base", {}, overrides, thorough=False)]
         for key, values in self.space.items():
-            # A number between two ends is in the identity already, and names no file.
             if "choices" in values and (key.startswith("data") or "." not in key):
                 for value in values["choices"]:
                     try:
-                        found.append(job_of("search", "base", {key: value}, overrides, thorough=False).config["data"])
+                        found.append(job_of("search", "base", {key: value}, overrides, thorough=False))
                     except ConfigError:  # it needs another choice beside it; a trial without that says so itself
                         continue
         return found
 
-    def study(self, folder: Path, data: list[dict[str, Any]] | None = None) -> Any:
-        """Optuna's, as the journal in a folder has it: one study for each state of the data, whose scores are never mixed.
+    def study(self, folder: Path, state: tuple[str, list[dict[str, Any]]] | None = None) -> Any:
+        """Optuna's, as the journal in a folder has it: one study for each state of configuration and data, whose scores are never mixed.
 
         Args:
             folder: of the journal.
-            data: what ``data_now`` has said; None asks it.
+            state: what ``now`` has said; None asks it.
 
         Raises:
             ConfigError: Optuna is not installed.
@@ -137,12 +145,13 @@ class Search:
             "none": optuna.pruners.NopPruner,
         }
         storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
-        name = f"{self.identity}-{config_hash(self.data_now() if data is None else data)}"
+        identity, data = self.now() if state is None else state
+        name = f"{identity}-{config_hash(data)}"
         known = [study.study_name for study in storage.get_all_studies()]
-        if name not in known and any(study.partition("-")[0] == self.identity for study in known):
+        if known and name not in known:
             log.warning(
-                f"{folder / 'optuna.journal'}: this search has trials on other data than there are now, or of an earlier version; "
-                "they stay in the journal and count no more, a new study begins"
+                f"{folder / 'optuna.journal'}: it has trials of other settings, on other data or of another version than now; they stay in "
+                "the journal and count no more, a new study begins"
             )
         study = optuna.create_study(
             storage=storage,
@@ -177,10 +186,10 @@ class Search:
         """
         config = compose_config([*self.base, "compare=null", *self.overrides])
         check_measured("sweep.metric", self.metric, to_plain(config.data), where="on these data")
-        data = self.data_now()
-        study = self.study(folder, data)
+        state = self.now()
+        study = self.study(folder, state)
         _take_up_what_was_cut_off(study)
-        _Trials(self, study, data, launcher, root, told).run()
+        _Trials(self, study, state, launcher, root, told).run()
         jobs = {trial.user_attrs.get(JOB) for trial in study.trials if trial.value is not None} - {None}
         for remark in remarks_on_code(Counter(code_of(Run(root / job).record) for job in jobs)):
             log.warning(f"{folder}: {remark}")
@@ -192,15 +201,15 @@ class _Trials:
         self,
         search: Search,
         study: Any,
-        data: list[dict[str, Any]],
+        state: tuple[str, list[dict[str, Any]]],
         launcher: Local,
         root: Path,
         told: Callable[[Job, str, float], Any],
     ):
-        self.search, self.study, self.data = search, study, data
+        self.search, self.study, self.state = search, study, state
         self.launcher, self.root, self.told = launcher, root, told
         self.running: dict[int, _Trial] = {}  # by slot
-        self.replaced = False  # files of the data, since the study began
+        self.replaced = False  # files of the data or of the configuration, since the study began
 
     def run(self) -> None:
         with interruptible():
@@ -218,8 +227,8 @@ class _Trials:
                 raise
         if self.replaced:
             raise ConfigError(
-                "sweep: files of the data were replaced in the course of the search, and scores on both are not compared; the same "
-                "command begins a new study"
+                "sweep: files of the data, or of the configuration, were changed in the course of the search, and scores on both are not "
+                "compared; the same command begins a new study"
             )
 
     def _wants_more(self) -> bool:
@@ -234,7 +243,7 @@ class _Trials:
         return len(states) - min(failed, self.search.trials) - states.count(TrialState.WAITING)
 
     def _begin(self, slot: int) -> None:
-        self.replaced = self.search.data_now() != self.data
+        self.replaced = self.search.now() != self.state
         if self.replaced:  # what is running ends, and counts if it has not read the new ones
             return
         trial = self.study.ask()

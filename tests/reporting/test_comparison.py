@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,13 +14,17 @@ def variants(tmp_path, count):
         folder = tmp_path / str(i)
         (folder / "csv").mkdir(parents=True)
         (folder / "csv" / "metrics.csv").write_text("step,train/loss,val/accuracy\n9,2.0,\n19,1.0,0.5\n")
-        found.append(Variant(f"variant{i}", folder, {"test/loss": 1.0, "test/accuracy": i / 100, "val/loss": 9.0}))
+        found.append(
+            Variant(
+                f"variant{i}", folder, {"test/loss": 1.0, "test/accuracy": i / 100, "val/loss": 9.0}, {"accuracy": 0.25}
+            )
+        )
     return found
 
 
 @pytest.mark.parametrize("count", [2, 11])
 def test_the_table_shows_every_variant_and_metric(tmp_path, capsys, count):
-    print_table(variants(tmp_path, count), {"accuracy": 0.25})
+    print_table(variants(tmp_path, count))
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines]
     rows = {row[0]: row[1:] for row in cells if len(row) > 1}
@@ -33,8 +38,16 @@ def test_the_table_shows_every_variant_and_metric(tmp_path, capsys, count):
         assert rows["chance"] == ["", "0.250"]
 
 
+def test_variants_on_other_data_have_levels_of_chance_of_their_own(tmp_path, capsys):
+    short, long = variants(tmp_path, 2)
+    print_table([short, replace(long, chance={"accuracy": 0.5}, test_metrics=long.test_metrics | {"test/extra": 1.5})])
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["accuracy", "0.000", "0.010", "0.250", "0.500"] in rows
+    assert ["extra", "", "1.500", "", ""] in rows
+
+
 def test_eleven_curves_can_be_told_apart(tmp_path):
-    assert draw(variants(tmp_path, 11), tmp_path / "figure.png", "title", 0.25).stat().st_size > 10_000
+    assert draw(variants(tmp_path, 11), tmp_path / "figure.png", "title").stat().st_size > 10_000
 
 
 def test_variants_that_other_code_has_run_are_told(tmp_path, caplog):

@@ -29,7 +29,7 @@ def alone(job: Job) -> dict:
 @pytest.mark.parametrize("name", NAMES)
 def test_jobs_of_the_smoke_scale_are_named_as_their_runs_name_themselves(name):
     jobs = described(name, "smoke").jobs()
-    for job in [jobs[0], *random.Random(0).sample(jobs[1:], min(2, len(jobs) - 1)), jobs[-1]]:
+    for job in [random.Random(0).choice(jobs[:-1]), jobs[-1]]:
         assert job.config == alone(job)
         assert job.name == experiment_hash(alone(job))
 
@@ -42,7 +42,7 @@ def test_jobs_of_the_paper_scale_are_named_as_their_runs_name_themselves(name):
         kind: {key: values[key] for key in [*list(values)[:1], *list(values)[-1:]]} for kind, values in parts.items()
     }
     jobs = replace(sweep, **first_and_last, expect=[]).jobs()
-    for job in random.Random(1).sample(jobs, 5):
+    for job in random.Random(1).sample(jobs, 3):
         assert job.config == alone(job)
         assert job.name == experiment_hash(alone(job))
 

@@ -9,8 +9,9 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from src.build import CONFIG_DIR, compose_config
+from src.checks import check_machine
 from src.config import ConfigError, experiment_hash, instantiate, to_plain
-from src.run import check_machine
+from src.sweeps.compositions import Composer
 from src.sweeps.cost import duration, estimates, net_of, print_matched, training_flops
 from src.sweeps.plan import Job, Match, Statement, Sweep, as_override, job_of, quoted
 from src.sweeps.search import Search
@@ -48,21 +49,18 @@ def test_every_sweep_can_be_planned_at_every_scale(name):
         assert sweep.base
         return
     assert not name.startswith("results/") or {"smoke", "single_gpu", "paper"} == set(sweep.scales)
-    for scale in sweep.scales or ["smoke"]:
-        planned = sweep.at(scale)
-        assert not name.startswith("results/") or planned.expect
-        combinations = planned._combinations()
-        # All of them would take minutes, and the experiments have tests of their own.
-        for task, variant, settings in {str(c): c for c in (combinations[0], combinations[-1])}.values():
-            overrides = [
-                *planned.base,
-                *planned.tasks_by_name[task],
-                "compare=null",
-                *planned.variants_by_name[variant],
-            ]
-            local = ["trainer.accelerator=cpu", *(["data.path=."] if task == "text" else [])]
-            job = job_of(task, variant, settings, [*overrides, *local], thorough=scale == "smoke")
-            assert job.config["seed"] == settings["seed,data.seed"] == job.config["data"]["seed"]
+    with Composer() as composer:
+        for scale in sweep.scales or ["smoke"]:
+            planned = sweep.at(scale)
+            assert not name.startswith("results/") or planned.expect
+            combinations = planned._combinations()
+            # All of them would take minutes, and the experiments have tests of their own.
+            for task, variant, settings in {str(c): c for c in (combinations[0], combinations[-1])}.values():
+                own = [*planned.tasks_by_name[task], "compare=null", *planned.variants_by_name[variant]]
+                local = ["trainer.accelerator=cpu", *(["data.path=."] if task == "text" else [])]
+                overrides, thorough = [*planned.base, *own, *local], scale == "smoke"
+                job = job_of(task, variant, settings, overrides, thorough=thorough, composer=composer)
+                assert job.config["seed"] == settings["seed,data.seed"] == job.config["data"]["seed"]
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -90,7 +90,7 @@ def test_scores_on_files_that_were_replaced_are_those_of_another_study(tmp_path:
     told: list[str] = []
     described = on_text(tmp_path / "texts", "Quite another", trials=2)
     second = described.run(Local(threads=1), folder, root, lambda j, what, s: told.append(what))
-    assert "trials on other data than there are now" in caplog.text
+    assert "trials of other settings, on other data" in caplog.text
     assert "started" in told
     assert not scores & {trial.value for trial in second.trials}
     with write_trials(second, described, folder).open() as file:
@@ -119,7 +119,7 @@ def test_files_replaced_in_the_course_of_a_search_end_it(tmp_path: Path):
         if what == "finished":
             on_text(tmp_path / "texts", "two")
 
-    with pytest.raises(ConfigError, match="files of the data were replaced"):
+    with pytest.raises(ConfigError, match="files of the data, or of the configuration"):
         described.run(Local(threads=1), tmp_path / "search", tmp_path / "jobs", replace)
 
 

@@ -159,8 +159,8 @@ def test_a_sweep_runs_again_what_ran_on_files_that_were_replaced(tmp_path):
 
 # ---- W4: the hash knows what changes numbers ------------------------------------------------------------------------
 
-SWA = "+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.1}"
-SCHEDULE = "+callbacks.s={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 2}}"
+EMA = "+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging}"
+TIMER = "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, duration: 00:00:01:00}"
 HALF = "trainer.plugins=[{_target_: lightning.pytorch.plugins.HalfPrecision, precision: bf16-true}]"
 LR = "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
 
@@ -170,11 +170,15 @@ def test_the_hash_covers_what_changes_numbers_and_nothing_else(tmp_path):
         return experiment_hash(to_plain(compose_run(tmp_path, *TINY, *overrides)))
 
     plain = hashed()
-    changing = [EARLY, SWA, SCHEDULE, HALF, "callbacks.guard.nonfinite=skip", "callbacks.guard.spike=rollback"]
+    changing = [EARLY, EMA, TIMER, HALF, "callbacks.guard.nonfinite=skip", "callbacks.guard.spike=rollback"]
     changing += ["seed=1", "trainer.gradient_clip_val=2", "+trainer.max_time=00:00:01:00", "compile=true"]
     watching = [LR, "callbacks.guard.spike=stop", "callbacks.guard.window=64", "~callbacks.guard", "callbacks=quiet"]
     watching += ["callbacks=best", "trainer.plugins.0.asynchronous=true", "callbacks.preemption.max_minutes=5"]
+    watching += ["trainer.log_every_n_steps=3"]
     assert all(hashed(override) == plain for override in watching)
+    # Of training a callback knows what is logged, when it is logged.
+    by_training = EARLY.replace("val/loss", "train/loss")
+    assert hashed(by_training) != hashed(by_training, "trainer.log_every_n_steps=3")
     assert len({plain, *(hashed(override) for override in changing)}) == 1 + len(changing)
 
 
