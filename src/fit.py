@@ -116,12 +116,15 @@ def ending(trainer: L.Trainer, planned: int) -> dict[str, Any]:
         planned: optimizer steps of the whole run.
     """
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    dry: Any = getattr(trainer, "fast_dev_run", False)
     epochs: Any = trainer.fit_loop.epoch_progress.current
     why = PLANNED
     if trainer.global_step < planned:
         reasons = [f"{type(c).__name__}: {c.stopping_reason_message}" for c in callbacks if _has_stopped(c)]
         if any(isinstance(c, Timer) and (c.time_remaining() or 0) <= 0 for c in callbacks):
-            why = "the time that it was given is over (trainer.max_time)"
+            why = "the time that it was given is over (trainer.max_time, or a Timer among callbacks)"
+        elif dry:
+            why = f"trainer.fast_dev_run={dry} ended it"
         elif epochs.processed >= (trainer.max_epochs or -1) > 0:
             why = f"trainer.max_epochs={trainer.max_epochs} are over"
         elif trainer.should_stop:
@@ -172,7 +175,8 @@ class _EpochLoop(_TrainingEpochLoop):
             return True
         trainer: Any = self.trainer
         limit, clock = trainer.limit_train_batches, trainer._val_check_time_interval
-        over = self.batch_progress.is_last_batch or (isinstance(limit, int) and (self.batch_idx + 1) % limit == 0)
+        # The last batch that there is is no end of an epoch: the stream is cut after the planned steps.
+        over = isinstance(limit, int) and (self.batch_idx + 1) % limit == 0
         late = clock is not None and time.monotonic() - trainer._last_val_time >= clock
         return self._should_check_val_epoch() and (over or late)
 

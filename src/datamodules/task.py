@@ -48,7 +48,8 @@ class TaskWindows:
 class TaskDataModule(StreamDataModule):
     """Packs a synthetic task's examples into windows.
 
-    Every window starts with a whole example; the last one may be cut at its end. Training never sees an example twice.
+    Every window starts with a whole example; the last one may be cut at its end. Examples of training are
+    drawn anew for every window: twice the same one only where a task has few.
 
     Args:
         task: one of ``src.datamodules.tasks``.

@@ -360,8 +360,9 @@ class LanguageModel(L.LightningModule):
         folders = [Path(str(getattr(callback, "dirpath", ""))).resolve() for callback in trainer.checkpoint_callbacks]
         if Path(str(trainer.ckpt_path)).resolve().parent not in folders:
             logs = []  # another folder's curve begins with what is new
-        for logger in logs if metrics else []:
-            if not logger.has(step, "train/loss"):
+        for logger in logs:
+            logger.go_on_from(step + 1)
+            if metrics and not logger.has(step, "train/loss"):
                 logger.log_metrics(metrics | {"epoch": self._epoch}, step=step)
         every = trainer.val_check_interval
         micro = trainer.accumulate_grad_batches
@@ -390,11 +391,11 @@ class LanguageModel(L.LightningModule):
 
     def _end_the_epoch_that_was_over(self) -> None:
         """Callbacks are told of the end of an epoch whose last step a checkpoint holds: Lightning goes on behind it."""
-        loop: Any = self.trainer.fit_loop
-        batches = loop.epoch_loop.batch_progress
-        if not (loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_train_batch_end and batches.is_last_batch):
+        loop, limit = self.trainer.fit_loop, self.trainer.limit_train_batches
+        over = isinstance(limit, int) and self.trainer.global_step * self.trainer.accumulate_grad_batches % limit == 0
+        if not (over and loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_train_batch_end):
             return
-        epoch = loop.epoch_progress.current
+        epoch: Any = loop.epoch_progress.current
         epoch.completed, now = self._epoch, epoch.completed
         for monitoring in (False, True):
             call._call_callback_hooks(self.trainer, "on_train_epoch_end", monitoring_callbacks=monitoring)

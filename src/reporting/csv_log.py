@@ -38,6 +38,11 @@ class CSVLog(CSVLogger):
         """Whether an earlier attempt has logged a metric at a step (counted from 0)."""
         return self.experiment.has(step, metric)
 
+    @rank_zero_only
+    def go_on_from(self, step: int) -> None:
+        """Leaves out what an earlier attempt has logged of steps (counted from 0) from this one on: they are run again."""
+        self.experiment.go_on_from(step)
+
 
 class _Continued(ExperimentWriter):
     """Keeps the rows of an earlier attempt, up to the step from which this one logs them again.
@@ -48,20 +53,26 @@ class _Continued(ExperimentWriter):
 
     def _check_log_dir_exists(self) -> None:
         """Replaces the deletion in the base class."""
-        self._earlier = self._known = _rows(Path(self.metrics_file_path))
+        self._known = _rows(Path(self.metrics_file_path))
+        self._earlier: list[dict[str, str]] | None = self._known or None  # None: nothing is left to be done about it
         self._complained = False
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
         """Records metrics of a step."""
-        if self._earlier:
+        if self._earlier is not None:
             # A test that follows training logs at the last step, and does not train again what came before.
             trains = step is not None and any(name.startswith(("train/", "val/")) for name in metrics_dict)
             # Of the same step only what is not logged again: a run may have been stopped between training and validation.
             again = {name.partition("/")[0] for name in metrics_dict if "/" in name}
             kept = [row for row in self._earlier if not trains or _is_before(row, step or 0, again)]
-            self._earlier = []
+            self._earlier = None
             self._restore(kept)
         super().log_metrics(dict(metrics_dict), step)
+
+    def go_on_from(self, step: int) -> None:
+        """See ``CSVLog.go_on_from``."""
+        if self._earlier is not None:
+            self._earlier = self._known = [row for row in self._earlier if int(row["step"]) < step]
 
     def has(self, step: int, metric: str) -> bool:
         """See ``CSVLog.has``."""

@@ -25,15 +25,39 @@ MOST_PAIRS = 5_000  # of variants, times tasks
 MOST_DRAWS = 50_000  # seeds of all pairs and verdicts, each of which takes a millisecond of resampling
 # What earlier versions did not write.
 OPTIONAL: dict[str, Any] = {"title": "", "note": None, "source": None, "axes": {}, "match": None, "command": ""}
-# Of the data, how many are taken, and how: not what they are drawn from.
-_TAKING = {"seed", "window", "batch_size", "eval_batch_size", "num_workers", "cache_dir", "isolate"}
-_TAKING |= {f"{split}_{what}" for split in ("val", "test") for what in ("windows", "answers")}
+# Of the data, how many are taken, and how: not what they are drawn from. A score depends on all of these but the last.
+_TAKING = ("window", "batch_size", "isolate", "val_windows", "test_windows", "val_answers", "test_answers")
+_UNSEEN = ("seed", "eval_batch_size", "num_workers", "cache_dir")
 
 
 def data_name(section: dict[str, Any]) -> str:
     """What names the data that a configuration asks for, whatever the files hold: jobs with the same name must find the same data."""
-    asked = {key: value for key, value in section.items() if key not in _TAKING}
+    asked = {key: value for key, value in section.items() if key not in (*_TAKING, *_UNSEEN)}
     return hashlib.blake2b(json.dumps(asked, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
+
+def taken_by(jobs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, set[str]]]:
+    """How the jobs of each task and variant of a manifest take their data: values, as texts, by key."""
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for job in jobs:
+        values = found.setdefault((job["task"], job["variant"]), {})
+        for key, value in (job.get("taking") or {}).items():
+            values.setdefault(key, set()).add(f"{value}"[:80])
+    return found
+
+
+def remarks_on_taking(sides: list[dict[str, set[str]]]) -> list[str]:
+    """What must be known of a comparison whose sides were not asked the same questions.
+
+    Args:
+        sides: of ``taken_by``.
+    """
+    words = []
+    for key in _TAKING:
+        values = [" or ".join(sorted(side.get(key, ()))) or "none" for side in sides]
+        if len(set(values)) > 1:
+            words.append(f"data.{key} ({' and '.join(values)})")
+    return [f"the two differ in {', '.join(words)}: they were not trained or asked alike"] if words else []
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -127,6 +151,7 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
                 "folder": os.path.relpath(job.folder(root), path.parent),
                 "command": job.command,
                 "data": data_name(job.config.get("data") or {}),
+                "taking": {key: value for key in _TAKING if (value := job.config.get("data", {}).get(key)) is not None},
             }
             for job in jobs
         ],

@@ -22,7 +22,7 @@ import logging
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from src.evaluation.names import lower_is_better
 from src.reporting.foreign import Unreadable, clean_text
 from src.reporting.git import code_of, remarks_on_code
-from src.reporting.manifest import read_manifest, write_manifest  # noqa: F401 (the second for others)
+from src.reporting.manifest import read_manifest, remarks_on_taking, taken_by, write_manifest  # noqa: F401 (the last for others)
 from src.reporting.runs import COSTS, FINISHED, UNREADABLE, Run, find, find_runs
 from src.reporting.schema import LARGEST
 from src.reporting.statistics import Difference, Interval, difference, student_interval
@@ -244,6 +244,10 @@ class SweepResults:
         return [self._cell(rows) for rows in _by_cell(self.rows) if any(row["value"] is not None for row in rows)]
 
     @cached_property
+    def _taken(self) -> dict[tuple[str, str], dict[str, set[str]]]:
+        return defaultdict(dict, taken_by(self.plan["jobs"]))
+
+    @cached_property
     def _cells_of(self) -> dict[tuple[str, str], list[Cell]]:
         found: dict[tuple[str, str], list[Cell]] = {}
         for cell in self.cells:
@@ -345,6 +349,7 @@ class SweepResults:
             if remark not in remarks_on_code(cell.code)
         ]
         remarks += remarks_on_code(sum((cell.code for side in sides for cell in side), Counter()))
+        remarks += remarks_on_taking([self._taken[task, name] for name in (statement.better, statement.than)])
         if all(sides):
             found = compare(*sides)
             best = _best_difference(*sides)

@@ -147,6 +147,7 @@ class ManifestJob(TypedDict):
     folder: str
     command: str
     data: NotRequired[str]
+    taking: NotRequired[dict[str, bool | int | float | str]]
 
 
 class ManifestStatement(TypedDict):

@@ -353,6 +353,18 @@ def test_runs_of_more_than_one_state_of_the_code_are_told(tmp_path, states, said
     assert dict(facts(SweepTables(found), Counter()))["code"] == f"{said[1]} (8 runs); {said[0]} (4 runs)"
 
 
+def test_variants_that_take_their_data_otherwise_are_told(tmp_path):
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("none", "ABCD"), rates=(2e-3,), unfinished=0, failed=0)
+    assert not any(verdict.remarks for verdict in sweep.verdicts)
+    plan = json.loads(sweep.path.read_text())
+    for job in plan["jobs"]:
+        job["taking"] |= {"window": 14 if job["variant"] == "none" else 20}
+    write_json(sweep.path, plan)
+    assert SweepResults(sweep.path).verdicts[0].remarks == [
+        "the two differ in data.window (20 and 14): they were not trained or asked alike"
+    ]
+
+
 def test_variants_that_other_code_has_run_are_told_in_the_verdict_alone(tmp_path):
     """Each cell is of one state; what is compared is not."""
     sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("none", "ABCD"), rates=(2e-3,), unfinished=0, failed=0)

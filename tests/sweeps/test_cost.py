@@ -7,6 +7,7 @@ import pytest
 
 from src.sweeps.cost import assumptions, corrected, estimates, makespan, print_plan, training_flops
 from src.sweeps.progress import Progress
+from tests.runs import TINY, tiny_run
 from tests.sweeps.test_plan import small
 
 
@@ -65,6 +66,16 @@ def test_the_plan_names_the_rates_and_a_device_that_is_missing(tmp_path, capsys)
     assert "These jobs ask for a GPU, and none is visible here" in told
     finished(jobs[0], tmp_path, 5.0)
     assert assumptions(jobs, tmp_path, "") == "Times are those of finished runs of the same kinds."
+
+
+def test_the_operations_of_a_plan_are_those_of_the_run(tmp_path):
+    """The last token of a window is only predicted."""
+    settings = [option for option in TINY if not option.startswith("trainer=")]
+    (job,) = small(
+        base=[*settings, "trainer=cpu"], variants={"none": []}, axes={"seed": [1]}, tasks={"Depo": []}
+    ).jobs()
+    tiny_run(tmp_path, "seed=1", "trainer.max_steps=4")
+    assert training_flops(job) == json.loads((tmp_path / "results.json").read_text())["training_flops"]
 
 
 def test_a_row_shows_what_its_cheapest_and_its_dearest_setting_cost(tmp_path, capsys):

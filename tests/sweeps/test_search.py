@@ -3,12 +3,15 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from optuna.trial import TrialState
 
 from src.config import ConfigError
+from src.sweeps import search as search_module
 from src.sweeps.local import Local
+from src.sweeps.plan import Job
 from src.sweeps.search import Search, _take_up_what_was_cut_off, write_trials
 from tests.runs import TINY
 
@@ -66,6 +69,23 @@ def test_another_search_does_not_answer_with_the_trials_of_the_first(tmp_path: P
     others += [{"metric": "val/accuracy"}, {"space": {"optimizer.lr": {"low": 1e-5, "high": 1e-2}}}]
     for changes in others:
         assert not search(**changes).study(tmp_path).trials, changes
+
+
+def test_a_search_whose_files_have_changed_is_another_one(tmp_path: Path, monkeypatch, caplog):
+    """An experiment that the base names is edited: the words of the search stay as they are, its trials do not."""
+    import optuna
+
+    first = search()
+    first.study(tmp_path).add_trial(optuna.trial.create_trial(value=1.0))
+    before, composed = first.now(), search_module.job_of
+
+    def edited(task: str, variant: str, settings: dict, overrides: list[str], **more: Any) -> Job:
+        return composed(task, variant, settings, [*overrides, "trainer.max_steps=3"], **more)
+
+    monkeypatch.setattr(search_module, "job_of", edited)
+    assert not search().study(tmp_path).trials
+    assert "trials of other settings" in caplog.text
+    assert first.now() != before
 
 
 def on_text(folder: Path, word: str, **changes) -> Search:

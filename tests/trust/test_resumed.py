@@ -195,6 +195,16 @@ def test_a_start_that_is_refused_leaves_what_hydra_has_written(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / ".hydra").iterdir()} == kept
 
 
+def test_a_refused_multirun_leaves_what_hydra_has_written_of_the_runs_before(tmp_path):
+    options = [*TINY, "trainer.max_steps=1", f"hydra.sweep.dir={tmp_path}", "compare=null"]
+    command("train", *options, "seed=1,2", "-m")
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*/.hydra/*.yaml")}
+    assert len(kept) == 6
+    refused = command("train", *options, "seed=3,4", "-m", check=False)
+    assert "holds the checkpoints of an earlier run" in refused.stderr
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/.hydra/*.yaml")} == kept
+
+
 def test_a_strategy_that_writes_one_file_replaces_a_folder_of_shards(tmp_path):
     """A finished run of several processes, given more steps on one."""
     tiny_run(tmp_path, *EVERY)

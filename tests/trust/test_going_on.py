@@ -1,0 +1,202 @@
+"""Going on is what the straight run would have done: validations, ends of epochs, curves, and whatever listens to them.
+
+Each case is one in which a run that was killed, or given more steps, had become another run under the same name.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.checkpoints import CheckpointError, read_checkpoint
+from src.checkpoints.files import find_checkpoint
+from src.config import ConfigError
+from src.evaluate import evaluate
+from src.reporting.runs import Run
+from tests.runs import compose_run, tiny_run
+from tests.trust.test_resumed import EVERY, killed_after, results
+
+EPOCHS = ["trainer.val_check_interval=null", "trainer.check_val_every_n_epoch=1", "+trainer.limit_train_batches=2"]
+
+
+def early(patience: int, **more: object) -> str:
+    options = {"monitor": "val/loss", "patience": patience, "min_delta": 100.0} | more
+    words = ", ".join(f"{key}: {value}" for key, value in options.items())
+    return f"+callbacks.early={{_target_: lightning.pytorch.callbacks.EarlyStopping, {words}}}"
+
+
+def validated(folder: Path) -> list[int]:
+    """After which steps."""
+    return list(Run(folder).curves(["val/loss"])["val/loss"])
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> dict[str, Path]:
+    """Runs that a callback stops at the third of its validations, after step 6, by steps and by epochs."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("steps", "epochs")}
+    for name, folder in folders.items():
+        tiny_run(folder, *EVERY, early(2), "trainer.max_steps=12", *(EPOCHS if name == "epochs" else []))
+        assert (results(folder)["steps"], validated(folder)) == (6, [2, 4, 6])
+    return folders
+
+
+@pytest.mark.parametrize("where", ["in its own folder", "in another"])
+@pytest.mark.parametrize("kind", ["steps", "epochs"])
+def test_a_validation_that_a_kill_has_cut_off_is_made_up_for(tmp_path, stopped, kind, where):
+    """The checkpoint of step 4 is written before step 4 is validated."""
+    killed = killed_after(4, tmp_path / "killed", stopped[kind])
+    folder = killed if where == "in its own folder" else tmp_path / "new"
+    more = EPOCHS if kind == "epochs" else []
+    tiny_run(folder, *EVERY, early(2), "trainer.max_steps=12", *more, f"ckpt_path={killed}")
+    assert results(folder)["steps"] == 6
+    assert validated(folder)[-2:] == [4, 6]
+    assert results(folder)["metrics"] == results(stopped[kind])["metrics"]
+
+
+def test_the_validation_of_a_former_last_step_is_forgotten(tmp_path):
+    options = [*EVERY, early(3), "scheduler=constant"]
+    tiny_run(tmp_path / "straight", *options, "trainer.max_steps=12")
+    tiny_run(tmp_path / "longer", *options, "trainer.max_steps=5")
+    tiny_run(tmp_path / "longer", *options, "trainer.max_steps=12", "ckpt_path=auto")
+    assert results(tmp_path / "longer")["steps"] == results(tmp_path / "straight")["steps"] == 8
+    assert results(tmp_path / "longer")["metrics"] == results(tmp_path / "straight")["metrics"]
+
+
+def test_what_a_callback_has_ended_is_over_elsewhere_too(tmp_path, stopped):
+    with pytest.raises(CheckpointError, match="training ended after step 6 .*EarlyStopping.* nothing is left to train"):
+        tiny_run(tmp_path, *EVERY, early(2), "trainer.max_steps=12", f"ckpt_path={stopped['steps']}")
+
+
+@pytest.mark.parametrize("override", ["trainer.val_check_interval=3", "data.val_windows=4"])
+def test_what_a_callback_decides_by_cannot_be_changed(tmp_path, stopped, override):
+    killed = killed_after(4, tmp_path / "killed", stopped["steps"])
+    with pytest.raises(CheckpointError, match=override.partition("=")[0]):
+        tiny_run(killed, *EVERY, early(2), "trainer.max_steps=12", override, "ckpt_path=auto")
+
+
+def test_a_checkpoint_that_a_validation_has_written_leads_on_from_its_step(tmp_path):
+    by_loss = ["callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min", "trainer.max_steps=8"]
+    by_loss += ["callbacks.checkpoint.every_n_train_steps=null", "callbacks.checkpoint.save_top_k=-1"]
+    tiny_run(tmp_path / "straight", *by_loss)
+    killed = killed_after(4, tmp_path / "killed", tmp_path / "straight")
+    tiny_run(killed, *by_loss, "ckpt_path=auto")
+    for metric in ("train/loss", "val/loss"):
+        straight, gone_on = (Run(folder).curves([metric])[metric] for folder in (tmp_path / "straight", killed))
+        assert gone_on == straight
+
+
+def test_a_stop_that_the_checkpoint_knows_of_is_a_stop(tmp_path):
+    """The validation that stops a run has written the checkpoint, and then the run is killed."""
+    by_loss = ["callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min", "trainer.max_steps=12"]
+    by_loss += ["callbacks.checkpoint.every_n_train_steps=null", "callbacks.checkpoint.save_top_k=-1", early(2)]
+    tiny_run(tmp_path / "straight", *by_loss)
+    killed = killed_after(6, tmp_path / "killed", tmp_path / "straight")
+    tiny_run(killed, *by_loss, "ckpt_path=auto")
+    assert results(killed)["steps"] == results(tmp_path / "straight")["steps"] == 6
+    assert results(killed)["metrics"] == results(tmp_path / "straight")["metrics"]
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_no_later_one(tmp_path, caplog):
+    options = [*EVERY, "scheduler=constant"]
+    tiny_run(tmp_path, *options, "trainer.max_steps=8")
+    checkpoints = tmp_path / "checkpoints"
+    tiny_run(tmp_path, *options, "trainer.max_steps=5", f"ckpt_path={checkpoints / 'step00000004.ckpt'}")
+    assert results(tmp_path)["steps"] == 5
+    assert read_checkpoint(find_checkpoint(tmp_path))["global_step"] == 5
+    assert (checkpoints / "step00000008.ckpt.superseded").exists()
+    assert (checkpoints / "step00000008.ckpt.superseded.sha256").exists()
+    assert "step00000008.ckpt is of a later step" in caplog.text
+    scored = evaluate(compose_run(tmp_path / "scored", f"ckpt_path={tmp_path}", config_name="evaluate"))
+    assert scored["test/loss"] == results(tmp_path)["metrics"]["test/loss"]
+
+
+def test_rows_of_an_abandoned_attempt_go(tmp_path):
+    """The new attempt logs more coarsely than the old one; no row of steps that are run again may stay."""
+    tiny_run(tmp_path / "straight", *EVERY, "scheduler=cosine", "trainer.max_steps=8")
+    killed = killed_after(4, tmp_path / "killed", tmp_path / "straight")
+    shutil.copy(tmp_path / "straight" / "csv" / "metrics.csv", killed / "csv" / "metrics.csv")
+    coarse = ["trainer.max_steps=12", "trainer.val_check_interval=12", "trainer.log_every_n_steps=6"]
+    tiny_run(killed, *EVERY, "scheduler=cosine", *coarse, "ckpt_path=auto")
+    assert list(Run(killed).curves(["train/lr"])["train/lr"]) == [1, 2, 3, 4, 6, 12]
+    assert validated(killed) == [2, 4, 12]
+
+
+def test_weights_in_double_precision_are_taken_over_as_they_are(tmp_path):
+    options = [*EVERY, "trainer.precision=64-true"]
+    tiny_run(tmp_path / "straight", *options)
+    killed = killed_after(2, tmp_path / "killed", tmp_path / "straight")
+    tiny_run(killed, *options, "ckpt_path=auto")
+    ours, straight = (
+        read_checkpoint(folder / "checkpoints" / "final.ckpt")["state_dict"]
+        for folder in (killed, tmp_path / "straight")
+    )
+    assert all(torch.equal(ours[name], straight[name]) for name in straight)
+
+
+def test_a_least_number_of_steps_does_not_switch_early_stopping_off(tmp_path):
+    tiny_run(tmp_path, early(1), "trainer.max_steps=12", "+trainer.min_steps=5")
+    assert results(tmp_path)["steps"] == 5  # Lightning remembers that it was to stop
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_start_is_no_attempt_of_a_killed_run(tmp_path):
+    tiny_run(tmp_path / "straight", *EVERY)
+    folder = tmp_path / "killed"
+    record = json.loads((tmp_path / "straight" / "run.json").read_text()) | {"status": "running"}
+    killed_after(2, folder, tmp_path / "straight")
+    (folder / "run.json").write_text(json.dumps(record))
+    for override in ("seed=9", "optimizer.lr=0.5"):
+        with pytest.raises(ConfigError):
+            tiny_run(folder, *EVERY, override, "ckpt_path=auto")
+        assert json.loads((folder / "run.json").read_text()) == record
+
+
+def test_a_refused_start_of_the_same_run_leaves_its_record(tmp_path, monkeypatch):
+    """Here the hash is the same, and what has changed is the data."""
+    tiny_run(tmp_path / "straight", *EVERY)
+    folder = killed_after(2, tmp_path / "killed", tmp_path / "straight")
+    record = json.loads((tmp_path / "straight" / "run.json").read_text()) | {"status": "running"}
+    (folder / "run.json").write_text(json.dumps(record))
+    monkeypatch.setattr("src.datamodules.task.TaskDataModule.fingerprint", lambda self: {"task": "another"})
+    with pytest.raises(CheckpointError, match="other data"):
+        tiny_run(folder, *EVERY, "ckpt_path=auto")
+    assert json.loads((folder / "run.json").read_text()) | {"earlier": []} == record | {"earlier": []}
+
+
+def test_only_what_a_run_knows_of_may_average_prune_or_cut(tmp_path):
+    for name in ("StochasticWeightAveraging", "ModelPruning", "BatchSizeFinder", "GradientAccumulationScheduler"):
+        node = f"+callbacks.x={{_target_: lightning.pytorch.callbacks.{name}}}"
+        with pytest.raises(ConfigError, match=f"{name}.* changes weights, steps or batches without the run"):
+            tiny_run(tmp_path, node)
+    node = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, update_starting_at_step: 9}"
+    with pytest.raises(ConfigError, match="update_starting_at_step=9: until then"):
+        tiny_run(tmp_path, f"+callbacks.x={node}")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.check_val_every_n_epoch=2", "trainer.check_val_every_n_epoch=2: with trainer.val_check_interval=2"),
+        ("optimized_metric=test/loss", "optimized_metric=test/loss"),
+        (early(1, monitor="train/token_accuracy"), "callbacks.early.mode=min: max, for train/token_accuracy"),
+    ],
+)
+def test_what_would_be_ignored_or_chosen_wrongly_is_refused(tmp_path, override, said):
+    with pytest.raises(ConfigError, match=said):
+        tiny_run(tmp_path, override)
+
+
+def test_an_optimizer_that_has_no_fused_kernel(tmp_path):
+    left_out = [f"~optimizer.{key}" for key in ("betas", "eps", "no_decay", "fused", "weight_decay")]
+    assert tiny_run(tmp_path, *left_out, "optimizer._target_=torch.optim.NAdam", "trainer.max_steps=1")
+
+
+def test_a_position_that_nothing_takes_is_told(tmp_path, caplog):
+    tiny_run(tmp_path / "gla", "model=gla", "trainer.max_steps=1")
+    assert "no mixer of this model takes positions" not in caplog.text
+    tiny_run(tmp_path / "alibi", "model=gla", "position=alibi", "trainer.max_steps=1")
+    assert "position=src.components.position.ALiBi: no mixer of this model takes positions" in caplog.text
