@@ -71,6 +71,11 @@ def check_same_run(
         over: nothing will be trained any more: what decides about steps cannot be changed then.
         train: it is to be trained, not only tested.
     """
+    if train and not over and plain["trainer"].get("overfit_batches"):
+        raise CheckpointError(
+            f"ckpt_path={path}: trainer.overfit_batches={plain['trainer']['overfit_batches']} begins again with the first batches, which "
+            "going on in the middle does not; leave out ckpt_path"
+        )
     differing = differences(checkpoint["config"], plain)
     free = {key for key in differing if _is_under(key, MAY_DIFFER)}
     if _stops_by_validation(plain):

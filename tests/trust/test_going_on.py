@@ -123,6 +123,14 @@ def test_rows_of_an_abandoned_attempt_go(tmp_path):
     assert validated(killed) == [2, 4, 12]
 
 
+def test_batches_that_are_repeated_are_not_gone_on_with(tmp_path):
+    options = [*EVERY, "+trainer.overfit_batches=2"]
+    tiny_run(tmp_path / "straight", *options)
+    killed = killed_after(3, tmp_path / "killed", tmp_path / "straight")
+    with pytest.raises(CheckpointError, match="overfit_batches=2 begins again with the first batches"):
+        tiny_run(killed, *options, "ckpt_path=auto")
+
+
 def test_weights_in_double_precision_are_taken_over_as_they_are(tmp_path):
     options = [*EVERY, "trainer.precision=64-true"]
     tiny_run(tmp_path / "straight", *options)
