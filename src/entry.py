@@ -25,6 +25,8 @@ from src.config.errors import printable
 from src.files import leads_out, strange_in
 from src.overrides import first_misspelt_key, unreadable_override
 
+log = logging.getLogger(__name__)
+
 _USERS_MISTAKES = (
     ConfigError,
     OmegaConfBaseException,
@@ -64,6 +66,7 @@ def entrypoint(config_name: str, job: Callable[[DictConfig], Any]) -> None:
 
     outlive_output()
     quieten()
+    show_warnings_once()
     sys.argv[1:] = arguments = [at_home(argument) for argument in sys.argv[1:]]
     flags = {argument for argument in arguments if argument.startswith("-")}
     overrides = [argument for argument in arguments if argument not in flags]
@@ -134,10 +137,24 @@ def quieten() -> None:
     """Silences what Lightning says in every run and nobody can act on."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*")
+
+
+def show_warnings_once() -> None:
+    """A warning is one line, without a line of source, and once in a run: a model is built more than once on the way."""
+    seen = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        words = str(message)
+        if words not in seen:
+            seen.add(words)
+            log.warning(words)
+
+    warnings.showwarning = show
 
 
 def fail(message: str, status: int = 2) -> None:

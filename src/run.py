@@ -34,6 +34,7 @@ from src.checkpoints.resume import (
 )
 from src.checks import check_machine, checked
 from src.components.backbone import Backbone
+from src.components.canon import Canon
 from src.components.kernels.registry import forget_backends, used_backends
 from src.config import ConfigError, experiment_hash, instantiate
 from src.config.identity import changed_data
@@ -342,7 +343,8 @@ def introduce(plain: dict[str, Any], net: Backbone, datamodule: StreamDataModule
     chosen, mixers = plain["position"], plain["model"]["mixers"].values()
     if chosen[TARGET] != DEFAULT_POSITION and all(mixer.get("position") is None for mixer in mixers):
         log.warning(f"position={chosen[TARGET]}: no mixer of this model takes positions; it is ignored")
-    canon = net.canon.positions or "none"
+    points = {module.point for module in net.modules() if isinstance(module, Canon)}
+    canon = "".join(letter for letter in net.canon.positions if letter in points) or "none"
     log.info(
         f"{plain['name']}: {net.count_parameters():,} parameters, {net.depth} x {net.dim} {net.pattern}, "
         f"Canon {canon}, {plain['trainer']['max_steps']:,} steps of {datamodule.batch_size} x "

@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 SHORT = {
     "train/loss": "loss",
-    "train/token_accuracy": "acc",
+    "train/token_accuracy": "token_acc",
     "train/tokens_per_second": "tok/s",
     "val/loss": "val_loss",
     "val/accuracy": "val_acc",
@@ -30,7 +31,7 @@ class Bar(RichProgressBar):
 
 
 class Lines(Callback):
-    """Prints ``parts`` lines in the course of training, and one every ``seconds`` of a validation or test that takes longer."""
+    """Prints ``parts`` lines in the course of training, one for each validation, and one every ``seconds`` of longer evaluations."""
 
     def __init__(self, parts: int = 20, seconds: float = 15.0):
         self.parts, self.seconds = parts, seconds
@@ -45,11 +46,17 @@ class Lines(Callback):
         logged: int = getattr(trainer, "log_every_n_steps", 1)
         every = max(1, round(total / self.parts / logged)) * logged
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and step % every == 0:
-            self.print(step, total, trainer.progress_bar_metrics)
+            self.print(step, total, {k: v for k, v in trainer.progress_bar_metrics.items() if k.startswith("train/")})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
         self._told = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints what a validation in the course of training has found, under the step whose weights it is of."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            self.print(trainer.global_step, trainer.max_steps, found)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
