@@ -113,7 +113,10 @@ class Run:
     def curves(self, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
         """Several metrics over finished optimizer steps, from one look at the file: metric -> step -> value."""
         try:
-            return _curves(read_bytes(self.folder / "csv" / "metrics.csv", MOST_CURVE_BYTES), metrics)
+            found, problem = _curves(read_bytes(self.folder / "csv" / "metrics.csv", MOST_CURVE_BYTES), metrics)
+            if problem:
+                self._problems["csv/metrics.csv"] = problem
+            return found
         except FileNotFoundError:
             pass
         except (Unreadable, csv.Error, UnicodeDecodeError, MemoryError) as error:  # a curve less, and the scores stand
@@ -146,31 +149,36 @@ def read_record(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], read_json(path, RECORD))
 
 
-def _curves(content: bytes, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
-    """The last value of every step; a row that was cut off, or whose step or value is no number, is left out.
+def _curves(content: bytes, metrics: Sequence[str]) -> tuple[dict[str, dict[int, float]], str]:
+    """The last value of every step, and what is wrong with the file: rows that are not whole, or hold what is no number, are left out.
+
+    What a writer was in the middle of, at the end of the file, is no fault, and no row: half a number looks like one.
 
     Raises:
         Unreadable: a step is a number that none can be; it would decide how all others are drawn.
     """
-    rows = csv.reader(io.StringIO(content.decode()))
+    rows = csv.reader(io.StringIO(content[: content.rfind(b"\n") + 1].decode()))
     header = next(rows, [])
     found: dict[str, dict[int, float]] = {metric: {} for metric in metrics}
     if "step" not in header:
-        return found
+        return found, "it has no column 'step'" if content else ""
     place = header.index("step")
     columns = [(header.index(metric), found[metric]) for metric in found if metric in header]
+    damaged = 0
     for row in rows:
-        for column, values in columns:
-            if len(row) == len(header) and (text := row[column]):
+        damaged += len(row) != len(header)
+        for column, values in columns if len(row) == len(header) else []:
+            if text := row[column]:
                 try:
                     step, value = float(row[place]), float(text)
                 except ValueError:
+                    damaged += 1
                     continue
                 if not math.isnan(step) and not 0 <= step <= LAST_STEP:
                     raise Unreadable(f"step {step:g}: steps are counted from 0, and to {LAST_STEP:.0e} at most")
                 if not math.isnan(step) and not math.isnan(value):
                     values[int(step) + 1] = bounded(value)
-    return found
+    return found, f"{damaged:,} of its rows are no rows of numbers" if damaged else ""
 
 
 def find(root: str | Path, name: str, problems: list[tuple[str, str]] | None = None) -> Iterator[Path]:

@@ -405,3 +405,20 @@ def test_a_link_on_the_way_to_what_is_written_is_refused(tmp_path, place, capsys
         main(report, "report", f"paths.log_dir={logs}", f"output={output}")
     assert "a link on the way leads to" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["index.html"]
+
+
+@pytest.mark.parametrize(
+    ("text", "curve", "said"),
+    [
+        ("step,train/loss\n0,1.5\n1,2.", {1: 1.5}, None),  # half of 2.75: a writer was killed, or is at it
+        ("step,train/loss\n0,1.5\n1,two\n", {1: 1.5}, "1 of its rows are no rows of numbers"),
+        ("step,train/loss\n0,1.5\n1,2.5,3\n", {1: 1.5}, "1 of its rows are no rows of numbers"),
+        ("steps,train/loss\n0,1.5\n", {}, "it has no column 'step'"),
+    ],
+)
+def test_rows_that_are_none_are_told_and_half_a_number_is_none(tmp_path, text, curve, said):
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "metrics.csv").write_text(text)
+    run = Run(tmp_path)
+    assert run.curves(["train/loss"])["train/loss"] == curve
+    assert run.problems == ([f"csv/metrics.csv: {said}"] if said else [])
