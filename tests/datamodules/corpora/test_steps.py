@@ -9,7 +9,8 @@ import tokenizers
 from tokenizers import models
 
 from src.datamodules.corpora import CorpusError, Tokenizer
-from src.datamodules.corpora.patterns import MOST_WAYS, count_ways
+from src.datamodules.corpora import steps as steps_module
+from src.datamodules.corpora.patterns import MOST_LOOKS, MOST_WAYS, count_ways
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -31,6 +32,9 @@ IN_USE = {
     "blanks": " {2,}",
     "possessive": r"[^\r\n\p{L}]?+\p{L}++|\s++$",
     "the rest": r"a[\s\S]+",
+    "blanks before something": "[ \t\u3000\n]+x|" r"\p{Zs}+x|[[:space:]]+x| +x|\s*x",
+    "a word and what follows it": r"\p{Cyrillic}+\p{P}*|[^\s\p{L}]+\s*",
+    "sentences of a script": r"[\p{Cyrillic}\s.]+",
 }
 TOO_LONG = {
     "large repetitions": r"[\s\S]{0,2000}[\s\S]{0,2000}(?=a)(?=b)",
@@ -48,6 +52,18 @@ TOO_LONG = {
     "a dot that flags make wide": r"(?m).*x",
     "looking ahead": r"(?![\s\S]*x)a",
     "letters thrice": r"\p{L}*\p{L}*\p{L}*1",
+    "letters twice": r"\p{L}*\p{L}*1",
+    "letters twice, in brackets": r"(?:\p{L}*\p{L}*|a)1",
+    "letters twice, the second in brackets": r"\p{L}*(?:\p{L}*1)",
+    "letters twice, and a condition": r"\p{L}+\p{L}+(?!a)",
+    "all of a text in another script": r"[\p{Cyrillic}\s.]*\b\B",
+    "all of a table of numbers": r"[\s\d]*\b\B",
+    "punctuation and line ends": r"[\p{P}\p{N}\n]+x",
+    "a class that is no blank, and one": r"(?:\p{Greek}\s)*x",
+    "what is no letter": r"[^\p{L}]*x",
+    "what is no blank but one": r"[^ \t\r\n]*x",
+    "a blank and a backslash": r"[^\\s]*x",
+    "many long ways": r".{0,20}.{0,20}[\s\S]{1000}x",
     "a reference": r"(a)\1*",
     "a name": r"(?<n>a|b\g<n>)",
     "a comment": "(?x)a # )(\n",
@@ -76,7 +92,9 @@ def load(path, definition: dict) -> Tokenizer:
 def test_patterns_in_use_are_read(tmp_path, definition, name):
     split = {"type": "Split", "pattern": {"Regex": IN_USE[name]}, "behavior": "Isolated", "invert": False}
     definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split]}
-    assert 1 <= count_ways(IN_USE[name]) <= MOST_WAYS / 10
+    ways, looks = count_ways(IN_USE[name])
+    assert 1 <= ways <= MOST_WAYS / 10
+    assert ways <= looks <= MOST_LOOKS / 10
     assert load(tmp_path / "t.json", definition).encode("a b").size
 
 
@@ -94,6 +112,15 @@ def test_patterns_are_counted_together(tmp_path, definition):
     split = {"type": "Split", "pattern": {"Regex": "a?b?c?d?e?"}, "behavior": "Isolated", "invert": False}
     definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split] * 20}
     with pytest.raises(CorpusError, match=r"t\.json .*640 ways to match all of its patterns; at most 500"):
+        load(tmp_path / "t.json", definition)
+
+
+def test_what_patterns_look_at_is_counted_together(tmp_path, definition):
+    split = {"type": "Split", "pattern": {"Regex": r"a?b?[\s\S]{1000}"}, "behavior": "Isolated", "invert": False}
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split] * 5}
+    with pytest.raises(
+        CorpusError, match=r"t\.json .*look at up to 20,040 characters for one of a text; at most 20,000"
+    ):
         load(tmp_path / "t.json", definition)
 
 
@@ -122,7 +149,32 @@ REFUSED = {
         [{"type": "Precompiled", "precompiled_charsmap": charsmap("x" * 65)}],
         "puts 65 characters",
     ),
-    "no end": ("normalizer", [{"type": "NFC"}] * 101, "102 steps around its model; at most 100"),
+    "doubled by a normal form": (
+        "normalizer",
+        [
+            {"type": "Replace", "pattern": {"String": "e"}, "content": "\u00e9"},
+            {"type": "NFD"},
+            {"type": "Replace", "pattern": {"String": "\u0301"}, "content": "\u00e9"},
+            {"type": "NFD"},
+        ]
+        * 3,
+        "NFD of its normalizer make a text up to 1024 times",
+    ),
+    "doubled by small letters": (
+        "normalizer",
+        [{"type": "Replace", "pattern": {"String": "i"}, "content": "\u0130"}, {"type": "Lowercase"}] * 11,
+        "Lowercase of its normalizer make a text up to 1024 times",
+    ),
+    "ligatures": (
+        "normalizer",
+        [{"type": "NFKD"}, {"type": "Prepend", "prepend": "x"}, {"type": "NFKC"}, {"type": "NFC"}],
+        "NFKD, Prepend, NFKC, NFC|NFKD, Prepend, NFKC of its normalizer make a text up to 1",
+    ),
+    "no end": (
+        "normalizer",
+        [{"type": "Strip", "strip_left": True, "strip_right": True}] * 101,
+        "102 steps around its model; at most 100",
+    ),
 }
 
 
@@ -132,6 +184,21 @@ def test_steps_that_lengthen_a_text_are_refused(tmp_path, definition, what):
     definition[section] = {"type": "Sequence", "normalizers" if section == "normalizer" else "pretokenizers": steps}
     with pytest.raises(CorpusError, match=rf"t\.json .*{named}"):
         load(tmp_path / "t.json", definition)
+
+
+def test_the_steps_of_models_in_use_are_read(tmp_path, definition):
+    """ALBERT's and XLNet's: the longest that a table of SentencePiece puts in are 18 characters."""
+    steps = [
+        {"type": "Replace", "pattern": {"String": "``"}, "content": '"'},
+        {"type": "NFKD"},
+        {"type": "StripAccents"},
+    ]
+    steps += [{"type": "Lowercase"}, {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]
+    definition["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    definition["pre_tokenizer"] = {"type": "Metaspace", "replacement": "x", "prepend_scheme": "always", "split": True}
+    assert load(tmp_path / "t.json", definition).encode("A b").size
+    steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap("x" * 18)})
+    steps_module.check_steps(definition)
 
 
 def test_steps_of_two_sections_multiply(tmp_path, definition):
