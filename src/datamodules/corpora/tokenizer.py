@@ -173,7 +173,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; special tokens vanish, and bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+        numbers = [int(token) for token in ids]
+        with library_errors("the tokeniser cannot decode its tokens"):
+            return self._backend.decode(numbers, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)

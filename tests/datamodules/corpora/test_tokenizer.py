@@ -50,6 +50,15 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
     return Tokenizer.load(path)
 
 
+def test_a_decoder_that_fails_is_a_corpus_error():
+    """The library panics on it: what it raises is no Exception."""
+    definition = json.loads(Tokenizer.of_bytes().definition)
+    definition["decoder"] = {"type": "Strip", "content": "e", "start": 2**63, "stop": 2**63}
+    tokenizer = Tokenizer(json.dumps(definition), module.BOS, module.EOS)
+    with pytest.raises(CorpusError, match="the tokeniser cannot decode its tokens"):
+        tokenizer.decode(tokenizer.encode("the tree"))
+
+
 def check_exact(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int64
