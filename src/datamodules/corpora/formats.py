@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.files import open_regular, printable
+from src.datamodules.corpora.pages import Page, pages
 
 PLAIN_EXTENSIONS = (
     *(".txt", ".text", ".md", ".rst", ".tex"),
@@ -34,10 +35,18 @@ MAX_DOCUMENT_BYTES = 2**30
 """Longest text, in bytes."""
 MAX_COMPRESSED_DOCUMENT_BYTES = 2**28
 """Longest text that is a whole compressed file: a few bytes can become this many, and four times as many as text."""
-MAX_LINE_BYTES = 2**26
-"""Longest line of JSON, in bytes: parsed, one of many small values takes twenty times the memory."""
+MAX_LINE_BYTES = 2**25
+"""Longest line of JSON, in bytes: parsed, one of many small values takes thirty times the memory."""
+MAX_COMPRESSED_LINE_BYTES = 2**24
+"""The same in a compressed file, of which a few bytes can become this many."""
 MAX_EXPANSION = 1000
 """A compressed file may become this many times its size, or `MAX_DOCUMENT_BYTES` if that is more."""
+MAX_PAGE_BYTES = 2**28
+MAX_PAGE_EXPANSION = 100
+"""A page of a parquet file, which is in memory as a whole, has at most `MAX_PAGE_BYTES`, or so many times the file's size."""
+MAX_ROWS = 2**20
+MAX_ROWS_A_BYTE = 64
+"""A parquet file has at most `MAX_ROWS` rows, or so many for each of its bytes: rows of nothing take none, but time."""
 
 _XZ_MEMORY = 2**29
 _BATCH_ROWS = 64
@@ -198,18 +207,21 @@ def read_plain(path: Path) -> tuple[str | CorpusError, bool]:
 
 def read_json_lines(path: Path, text_of: Callable[[dict[str, Any], str], str]) -> Iterator[Row]:
     """Yield the rows of a file that holds one JSON object per line; `text_of` finds the text in one."""
+    compressed = path.suffix.lower() in COMPRESSIONS
+    limit = min(MAX_LINE_BYTES, MAX_COMPRESSED_LINE_BYTES) if compressed else MAX_LINE_BYTES
+    advice = "if the file is one JSON array, write one object per line"
+    if compressed:
+        advice += f"; decompressed, a line may have {MAX_LINE_BYTES} bytes"
     with open_text(path) as file:
-        for number, line in enumerate(_lines(file, path), start=1):
+        for number, line in enumerate(_lines(file, path, limit), start=1):
             place = f"{printable(path)}:{number}"
             if line is None:
-                yield Row(
-                    number, _too_long(place, MAX_LINE_BYTES, "if the file is one JSON array, write one object per line")
-                )
+                yield Row(number, _too_long(place, limit, advice))
             elif not line.isspace():
                 yield Row(number, _text_of_line(line, place, text_of))
 
 
-def _lines(file: io.BufferedReader, path: Path) -> Iterator[bytes | str | None]:
+def _lines(file: io.BufferedReader, path: Path, limit: int) -> Iterator[bytes | str | None]:
     """Yield each line, or None for one that is too long to be held."""
     start = file.peek(4)[:4]
     encoding = next((encoding for mark, encoding in _MARKS if start.startswith(mark)), "utf-8")
@@ -219,8 +231,8 @@ def _lines(file: io.BufferedReader, path: Path) -> Iterator[bytes | str | None]:
     elif encoding == "utf-8-sig":
         file.read(len(codecs.BOM_UTF8))
     try:
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            if len(line) <= MAX_LINE_BYTES:
+        while line := stream.readline(limit + 1):
+            if len(line) <= limit:
                 yield line
                 continue
             yield None
@@ -264,21 +276,68 @@ def read_parquet(path: Path, choose: Callable[[Iterable[str]], str]) -> Iterator
         with open_regular(path) as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
             column = choose(table.schema_arrow.names)
             _check_column(table.schema_arrow, column, place)
+            measure = _Measure(place, os.fstat(file.fileno()).st_size)
+            groups = measure.pages(file, table, column)
             for group in range(table.num_row_groups):
-                rows = _rows_at_once(file, table.metadata, group, column)
+                rows = _rows_at_once(file, table.metadata, group, column, groups[group])
                 for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
                     for value in _values(batch.column(0)):
                         number += 1
+                        measure.row(value)
                         yield Row(number, _text_of_value(value, f"{place}:{number}"))
     except (pa.ArrowException, UnicodeDecodeError, TypeError) as error:
         raise CorpusError(f"{place} cannot be read as parquet: {error}") from error
 
 
-def _rows_at_once(file: BinaryIO, metadata: Any, group: int, column: str) -> int:
+class _Measure:
+    """Holds a parquet file to what it may become, by what its pages say before they are read, and by what is read."""
+
+    def __init__(self, place: str, size: int) -> None:
+        self._place = place
+        self._page = max(MAX_PAGE_BYTES, MAX_PAGE_EXPANSION * size)
+        self._bytes = max(MAX_DOCUMENT_BYTES, MAX_EXPANSION * size)
+        self._rows = max(MAX_ROWS, MAX_ROWS_A_BYTE * size)
+        self._read_bytes = self._read_rows = 0
+
+    def pages(self, file: BinaryIO, table: Any, column: str) -> list[list[Page]]:
+        """Return the pages of a column by groups of rows; CorpusError if any of them, or all together, hold too much."""
+        before = file.tell()
+        paths = [table.schema.column(index).path for index in range(len(table.schema))]
+        columns = [index for index, path in enumerate(paths) if path == column]
+        if not columns:
+            raise CorpusError(f"{self._place}: column {column!r} holds no values of its own")
+        try:
+            groups = pages(file, columns)
+        except CorpusError as error:
+            raise CorpusError(f"{self._place} cannot be read as parquet: {error}") from None
+        file.seek(before)
+        found = [page for group in groups for page in group]
+        self._check("has a page of", max((page.size for page in found), default=0), self._page, "bytes")
+        self._check("becomes", sum(page.size for page in found), self._bytes, "bytes")
+        self._check("has", max(sum(page.values for page in found), table.metadata.num_rows), self._rows, "rows")
+        return groups
+
+    def row(self, value: str | bytes | UnicodeDecodeError | None) -> None:
+        """Count what has been read: a text that stands once in a file may be that of many rows."""
+        self._read_rows += 1
+        self._read_bytes += len(value.object if isinstance(value, UnicodeDecodeError) else value or "")
+        self._check("has", self._read_rows, self._rows, "rows")
+        self._check("becomes", self._read_bytes, self._bytes, "bytes")
+
+    def _check(self, has: str, found: int, most: int, what: str) -> None:
+        if found > most:
+            raise CorpusError(
+                f"{self._place} {has} {found} {what}, out of all proportion to its size; at most {most} are read: write it"
+                " anew without compression, or in parts, if it is meant to be like that"
+            )
+
+
+def _rows_at_once(file: BinaryIO, metadata: Any, group: int, column: str, own: list[Page]) -> int:
     """Return how many rows of a group can be in memory at a time.
 
     A long text that many rows repeat is stored once, in the column's dictionary, but would be in memory as often as a
-    batch has rows. What is not in the dictionary takes in the batch what it takes in the pages.
+    batch has rows; so would one of which each row repeats all but the end, where pages share beginnings. What else there is
+    takes in the batch what it takes in the pages.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -287,8 +346,10 @@ def _rows_at_once(file: BinaryIO, metadata: Any, group: int, column: str) -> int
     if described.num_rows < 2:
         return 1
     # What is said of the columns is not asked for: of damaged files, Arrow aborts the process there.
-    if described.total_byte_size > MAX_DOCUMENT_BYTES:
+    if sum(page.size for page in own) > MAX_DOCUMENT_BYTES:
         return 1
+    if any(page.shares for page in own):
+        return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, *(page.size for page in own))))
     # Read as a dictionary, the first row comes with all of it. All rows so would be slow where few are repeated: Arrow
     # would make one dictionary of them, and copy it for every batch.
     with pq.ParquetFile(
@@ -332,7 +393,8 @@ def _text_of_value(value: str | bytes | UnicodeDecodeError | None, place: str) -
         text = value.decode() if isinstance(value, bytes) else value or ""
     except UnicodeDecodeError as error:
         return CorpusError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})")
-    return _too_long(place, MAX_DOCUMENT_BYTES, "cut it") if len(text) > MAX_DOCUMENT_BYTES else text
+    limit = min(MAX_DOCUMENT_BYTES, MAX_COMPRESSED_DOCUMENT_BYTES)
+    return _too_long(place, limit, "cut it") if len(text) > limit else text
 
 
 def valid_unicode(text: str) -> str:
