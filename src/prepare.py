@@ -12,12 +12,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from omegaconf import DictConfig  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from src.config import ConfigError, check_complete, instantiate  # noqa: E402
 from src.datamodules.text import TextDataModule  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
+from src.reporting.console import print_cells  # noqa: E402
 
 
 def prepare(config: DictConfig) -> None:
@@ -29,14 +28,12 @@ def prepare(config: DictConfig) -> None:
             "data: synthetic tasks need no preparation; text corpora do (data=python_source, data=text_files)"
         )
     corpus = datamodule.corpus
-    table = Table(title=str(corpus.path))
-    for column in ("split", "documents", "tokens", "bytes", "windows"):
-        table.add_column(column, justify="left" if column == "split" else "right")
+    rows = []
     for split in ("train", "val", "test"):
         stream = corpus.split(split)
         numbers = (stream.num_documents, stream.num_tokens, stream.num_bytes, stream.num_windows(datamodule.window - 1))
-        table.add_row(split, *(f"{number:,}" for number in numbers))
-    Console().print(table)
+        rows.append([split, *(f"{number:,}" for number in numbers)])
+    print_cells(str(corpus.path), ["split", "documents", "tokens", "bytes", "windows"], rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.console import Console  # noqa: E402
 from src.config import ConfigError, suggest, to_plain  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
 from src.files import leads_out, strange_in  # noqa: E402
-from src.reporting.console import Telling  # noqa: E402
+from src.reporting.console import Telling, plain_console  # noqa: E402
 from src.reporting.foreign import clean_text  # noqa: E402
 from src.reporting.page import write_report  # noqa: E402
 from src.reporting.results import UNVALIDATED, SweepResults, find_sweeps, outside_of  # noqa: E402
@@ -33,7 +33,7 @@ def report(config: DictConfig) -> Path:
     root = Path(plain["paths"]["log_dir"])
     if (strange := leads_out(Path(plain["output"]), root) or strange_in(Path(plain["output"]))) is not None:
         raise ConfigError(f"output={plain['output']}: {strange}. Remove it, or choose another folder")
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
     problems: list[tuple[str, str]] = []
     with Telling(console) as told:
         told(f"looking for sweeps and runs below {root}")

@@ -37,6 +37,7 @@ from src.components.backbone import Backbone
 from src.components.canon import Canon
 from src.components.kernels.registry import forget_backends, used_backends
 from src.config import ConfigError, experiment_hash, instantiate
+from src.config.errors import printable
 from src.config.identity import changed_data
 from src.config.schema import TARGET
 from src.datamodules.base import StreamDataModule
@@ -114,7 +115,7 @@ def finished_before(plain: dict[str, Any], identity: str, output_dir: Path) -> d
     ended = earlier.results.get("ended")
     early = ""
     if isinstance(ended, dict) and ended.get("why", PLANNED) != PLANNED:
-        early = f", after step {ended.get('step')} of {ended.get('planned')} ({ended['why']})"
+        early = f", after step {ended.get('step')} of {ended.get('planned')} ({printable(ended['why'])[:200]})"
     log.info(f"{output_dir}: this run has finished before{early}, its results stand")
     return earlier.metrics
 

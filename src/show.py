@@ -25,6 +25,7 @@ from src.datamodules.task import TaskDataModule  # noqa: E402
 from src.datamodules.tasks import Task  # noqa: E402
 from src.datamodules.tasks.base import SPLITS  # noqa: E402
 from src.entry import entrypoint  # noqa: E402
+from src.reporting.console import plain_console  # noqa: E402
 from src.reporting.drawings import draw, draw_window  # noqa: E402
 from src.reporting.token_text import legend, packed_examples, token_text  # noqa: E402
 
@@ -34,7 +35,7 @@ def show(config: DictConfig) -> None:
     plain = checked(config)
     datamodule: TaskDataModule = instantiate(plain["data"], "data")
     seed = datamodule.seed if plain["seed"] is None else plain["seed"]
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
     show_it = show_window if plain["window"] else show_example
     figure = show_it(console, datamodule, seed, plain["split"], plain["index"])
     if plain["figure"] is False:

@@ -16,14 +16,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
-from rich.console import Console  # noqa: E402
 
 from src.build import CONFIG_DIR  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
 from src.entry import entrypoint, fail  # noqa: E402
 from src.files import leads_out  # noqa: E402
 from src.overrides import as_override, quoted  # noqa: E402
-from src.reporting.console import Telling  # noqa: E402
+from src.reporting.console import Telling, plain_console  # noqa: E402
 from src.reporting.foreign import Unreadable, read_yaml  # noqa: E402
 from src.reporting.results import SweepResults, write_manifest  # noqa: E402
 from src.sweeps.cost import duration, estimates, print_jobs, print_matched, print_plan  # noqa: E402
@@ -172,7 +171,7 @@ def conclude(manifest: Path, jobs: list[Job], root: Path, report: bool) -> None:
     """Prints the verdicts and writes the report; exit status 1 if a job has failed."""
     missing = [job for job in jobs if not is_finished(job, root)]
     results = SweepResults(manifest)
-    Console().print(f"{results.name}: {results.outcome}", style="bold", highlight=False)
+    plain_console().print(f"{results.name}: {results.outcome}", style="bold")
     for verdict in results.verdicts:
         print(f"  {verdict}")
     if report:

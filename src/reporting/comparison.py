@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from src.reporting.console import print_cells
 from src.reporting.runs import Run
 
 # What the figure shows, of the metrics that exist: the first that every variant has, by kind of data.
@@ -40,12 +38,8 @@ def print_table(variants: list[Variant]) -> None:
         heading, rows = ["metric", *names], [(m, [columns[name].get(m) for name in names]) for m in metrics]
     else:
         heading, rows = ["", *metrics], [(name, [columns[name].get(m) for m in metrics]) for name in names]
-    table = Table(title="test set")
-    for i, text in enumerate(heading):
-        table.add_column(text, justify="right" if i else "left")
-    for text, values in rows:
-        table.add_row(text, *("" if value is None else f"{value:.3f}" for value in values))
-    Console().print(table)
+    cells = [[text, *("" if value is None else f"{value:.3f}" for value in values)] for text, values in rows]
+    print_cells("test set", heading, cells)
 
 
 def draw(variants: list[Variant], path: Path, title: str) -> Path:

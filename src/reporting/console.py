@@ -1,4 +1,7 @@
-"""Says on the console what long work is at: a line that changes on a terminal, a line now and then everywhere else."""
+"""What is printed on the console: text of whatever origin as it is, and what long work is at.
+
+On a terminal that is a line that changes, and everywhere else a line now and then.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,35 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from src.config.errors import printable
 
 EVERY = 5.0  # seconds between two lines where there is no terminal
+
+
+def plain_console() -> Console:
+    """A console on which brackets and colons mean nothing: names in them may be links, colours or mistakes of rich's markup."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def print_cells(title: str, columns: list[str], rows: list[list[str]], left: int = 1, wrapped: bool = True) -> None:
+    """Prints a table whose words may be anybody's.
+
+    Args:
+        title: above it.
+        columns: their headings.
+        rows: a cell for each column.
+        left: how many columns, from the first, hold words and stand on the left; the others hold numbers.
+        wrapped: whether words may be broken into lines.
+    """
+    table = Table(title=printable(title), title_justify="left" if left > 1 else "center")
+    for i, column in enumerate(columns):
+        table.add_column(printable(column), justify="left" if i < left else "right", no_wrap=i < left and not wrapped)
+    for row in rows:
+        table.add_row(*map(printable, row))
+    plain_console().print(table)
 
 
 class Telling:
@@ -19,7 +49,7 @@ class Telling:
     """
 
     def __init__(self, console: Console | None = None, every: float = EVERY):
-        self.console = console or Console(highlight=False, markup=False)
+        self.console = console or plain_console()
         self.every, self.last = every, time.monotonic()
         self.status = self.console.status("") if self.console.is_terminal else None
 
@@ -41,6 +71,6 @@ class Telling:
             return
         self.last = now
         if self.status:
-            self.status.update(words)
+            self.status.update(Text(words))  # of a string it would read markup, whatever the console does
         else:
             self.console.print(f"{words} ...", soft_wrap=True)

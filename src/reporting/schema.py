@@ -72,14 +72,35 @@ class Record(Attempt, total=False):
     earlier: list[Attempt]
 
 
+class Interval(TypedDict):
+    """In which a share probably is, by how many answers were right."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    low: Measured
+    high: Measured
+    total: Amount
+
+
+class Ended(TypedDict, total=False):
+    """How training ended."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    why: str | None
+    step: Whole | None
+    planned: Whole | None
+
+
 class Results(TypedDict, total=False):
     """results.json. A metric may be infinite or no number: so ends a run that diverges."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     metrics: Required[Annotated[dict[Named, Measured], Field(max_length=5000)]]
     seconds: Required[Amount]
+    name: str | None
     config_hash: str | None
     data: dict[str, Any] | None
+    ended: Ended | None
+    intervals: Annotated[dict[Named, Interval], Field(max_length=5000)] | None
     chance: Annotated[dict[Named, Measured | None], Field(max_length=5000)] | None
     parameters: Amount | None
     flops_per_token: Amount | None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from src.config.errors import RunError, printable
+from src.reporting.console import print_cells
+from src.reporting.foreign import Unreadable, read_json
+from src.reporting.schema import RESULTS
 
 
 def print_scores(
-    title: str, metrics: dict[str, float], intervals: dict[str, dict[str, float]], chance: dict[str, float]
+    title: str, metrics: dict[str, float], intervals: dict[str, dict[str, float]], chance: dict[str, float | None]
 ) -> None:
     """One row a metric.
 
@@ -20,28 +22,36 @@ def print_scores(
         intervals: what ``evaluation.statistics.intervals`` makes of the counts, for metrics that are shares.
         chance: what guessing scores, by metric without the split.
     """
-    table = Table(title=title)
-    for column in ("metric", "value", "95% interval", "answers", "chance"):
-        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=column == "metric")
+    rows = []
     for name, value in metrics.items():
         own = intervals.get(name)
         floor = chance.get(name.partition("/")[2])
-        table.add_row(
-            name,
-            f"{value:.4f}",
-            f"{own['low']:.4f} - {own['high']:.4f}" if own else "",
-            f"{own['total']:,}" if own else "",
-            "" if floor is None else f"{floor:.4f}",
+        rows.append(
+            [
+                name,
+                f"{value:.4f}",
+                f"{own['low']:.4f} - {own['high']:.4f}" if own else "",
+                f"{own['total']:,.0f}" if own else "",
+                "" if floor is None else f"{floor:.4f}",
+            ]
         )
-    Console().print(table)
+    print_cells(title, ["metric", "value", "95% interval", "answers", "chance"], rows, wrapped=False)
 
 
 def print_results(path: Path) -> None:
-    """The table of a run's ``results.json``: of the test, or of the validation if there was no test."""
-    results = json.loads(path.read_text())
+    """The table of a run's ``results.json``: of the test, or of the validation if there was no test.
+
+    Raises:
+        RunError: the file, which may have come with a folder of somebody else's, is not what a run writes.
+    """
+    try:
+        results: Any = read_json(path, RESULTS)
+    except Unreadable as error:
+        raise RunError(f"{printable(path)}: {error}; remove it, and the same command measures again") from None
     metrics = results["metrics"]
     tested = {name: value for name, value in metrics.items() if name.startswith("test/")}
-    print_scores(
-        f"{results['name']}, step {results['steps']}", tested or metrics, results["intervals"], results["chance"]
-    )
+    title = results.get("name") or path.parent.name
+    if results.get("steps") is not None:
+        title += f", step {results['steps']:.0f}"
+    print_scores(title, tested or metrics, results.get("intervals") or {}, results.get("chance") or {})
     print(f"written to {path}")

@@ -10,13 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from src.build import model_from_config
 from src.components.backbone import Backbone
 from src.config import instantiate
 from src.datamodules.base import StreamDataModule
+from src.reporting.console import plain_console, print_cells
 from src.reporting.runs import Run
 from src.reporting.wording import duration
 from src.sweeps.jobs import is_finished
@@ -99,9 +97,7 @@ def on_gpu(job: Job) -> bool:
 
 def print_plan(title: str, jobs: list[Job], root: Path, seconds: dict[str, float], where: str, workers: int) -> None:
     """A row for each task and variant, and the sum; where its settings differ in what they cost, from the least to the most."""
-    table = Table(title=title, title_justify="left")
-    for column in ("task", "variant", "runs", "finished", "FLOPs of a run", "time of a run"):
-        table.add_column(column, justify="left" if column in ("task", "variant") else "right")
+    columns, shown = ["task", "variant", "runs", "finished", "FLOPs of a run", "time of a run"], []
     rows: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         rows.setdefault((job.task, job.variant), []).append(job)
@@ -112,17 +108,16 @@ def print_plan(title: str, jobs: list[Job], root: Path, seconds: dict[str, float
         # Of what is to be run, the expected times; of a row that is finished, what is typical of it.
         times = left or [statistics.median(took)]
         cells = (_range(operations, "{:.1e}".format), _range(times, duration))
-        table.add_row(task, variant, str(len(members)), str(len(took)), *cells)
-    console = Console()
-    console.print(table)
+        shown.append([task, variant, str(len(members)), str(len(took)), *cells])
+    print_cells(title, columns, shown, left=2)
+    console = plain_console()
     left = [seconds[job.name] for job in jobs if seconds[job.name]]
     console.print(
         f"{len(left)} of {len(jobs)} jobs to run, {where}: about {duration(sum(left))} of work, "
-        f"{duration(makespan(left, workers))} in all",
-        highlight=False,
+        f"{duration(makespan(left, workers))} in all"
     )
     if left:
-        console.print(assumptions(jobs, root, where), highlight=False)
+        console.print(assumptions(jobs, root, where))
 
 
 def _range(values: Iterable[float], shown: Callable[[float], str]) -> str:
@@ -148,16 +143,14 @@ def assumptions(jobs: list[Job], root: Path, where: str) -> str:
 
 def print_matched(jobs: list[Job], match: Match) -> None:
     """What the variants have of each budget, after they were made equal in one of them: relative to the one that stayed as it is."""
-    table = Table(title=f"{match.budget} of {match.to}, by {match.change}", title_justify="left")
-    for column in ("task", "variant", "width", "depth", "parameters", "FLOPs a token", "state"):
-        table.add_column(column, justify="left" if column in ("task", "variant") else "right")
+    columns, rows = ["task", "variant", "width", "depth", "parameters", "FLOPs a token", "state"], []
     kinds = list({kind_of(job): job for job in jobs}.values())
     for job in kinds:
         like = next(j for j in kinds if (j.task, j.variant, _asked(j)) == (job.task, match.to, _asked(job)))
         own, its = (_budgets(net_of(j), j.config["data"]["window"] - 1) for j in (job, like))
         cells = [f"{a:,} (x{a / b:.3g})" if b else f"{a:,}" for a, b in zip(own, its, strict=True)]
-        table.add_row(job.task, job.variant, str(net_of(job).dim), str(net_of(job).depth), *cells)
-    Console().print(table)
+        rows.append([job.task, job.variant, str(net_of(job).dim), str(net_of(job).depth), *cells])
+    print_cells(f"{match.budget} of {match.to}, by {match.change}", columns, rows, left=2)
 
 
 def _budgets(net: Backbone, seq_len: int) -> tuple[int, int, int]:
