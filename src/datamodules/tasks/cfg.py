@@ -153,17 +153,27 @@ class Grammar:
             raise ValueError(f"terminals={_short(content['terminals'])!r}: their number")
         if not isinstance(content["layers"], list) or not all(isinstance(layer, dict) for layer in content["layers"]):
             raise ValueError("layers are a list of objects, each with the rules of its symbols")
-        read = {int(symbol): text for layer in content["layers"] for symbol, text in layer.items()}
-        if not all(isinstance(text, str) for text in read.values()):
-            raise ValueError('the rules of a symbol are a string such as "22 23 | 24 24"')
         sizes = (*(len(layer) for layer in content["layers"]), content["terminals"])
+        _check_sizes("layers", sizes)
+        texts = [text for layer in reversed(content["layers"]) for text in layer.values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError('the rules of a symbol are a string such as "22 23 | 24 24"')
+        if (found := sum(text.count("|") + 1 for text in texts)) > MOST_RULES:
+            raise ValueError(f"{found} rules; at most {MOST_RULES}")
+        # Not by symbol in a dictionary: symbols that nobody has numbered so can be chosen such that it takes hours to fill.
         ids = [int(symbol) for layer in reversed(content["layers"]) for symbol in layer]
         first = sizes[-1] + RESERVED + 1
         if ids != list(range(first, first + len(ids))):
             raise ValueError(
-                f"non-terminals are numbered from {first}, the lowest layer first and the root last; found {_short(ids)}"
+                f"non-terminals are numbered from {first}, the lowest layer first and the root last; found {_short(ids[:100])}"
             )
-        rules = tuple(tuple(tuple(map(int, rule.split())) for rule in read[symbol].split("|")) for symbol in ids)
+        # One more than may be is enough to see that it is too long.
+        rules = tuple(
+            tuple(
+                tuple(map(int, rule.split(maxsplit=LONGEST_RULE + 1)[: LONGEST_RULE + 1])) for rule in text.split("|")
+            )
+            for text in texts
+        )
         return cls(content["name"], sizes, rules)
 
     @classmethod

@@ -215,6 +215,10 @@ def test_a_grammar_of_your_own(tmp_path):
         (own(layers=[{"8": "6 1"}, {"6": "1", "7": "2"}]), "rule 8 -> 6 1"),
         (own(layers=[{"8": "6 6 6 6"}, {"6": "1", "7": "2"}]), "one to 3 symbols"),
         (own(layers=[{"8": "6 7 |"}, {"6": "1", "7": "2"}]), "one to 3 symbols"),
+        (own(layers=[{"8": "6 7"}, {"6": "1", "7": "1 " * 100}]), r"rule 7 -> 1 1 1 1: one to 3 symbols"),
+        (own(layers=[{"8": "6 7"}, {"6": "1", "7": "2|" * 2**20}]), "1048579 rules; at most 1048576"),
+        # Numbers that all have one hash, and more than there may be.
+        (own(layers=[{str(k * (2**61 - 1)): "1" for k in range(65_537)}]), "65537 non-terminals; at most 65536"),
         (own(layers=[{"7": "6", "8": "6"}, {"6": "1"}]), "one root"),
         (
             {"name": "own", "builder": {"sizes": [1, 3], "rules": [1, 1], "length": [1, 1], "seed": 0, "deg": 3}},
