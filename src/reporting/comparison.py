@@ -80,8 +80,9 @@ def draw(variants: list[Variant], path: Path, title: str) -> Path:
     for axes in (loss_axes, metric_axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    metric_axes.legend(frameon=False, fontsize="small" if len(variants) > 4 else None)
-    figure.suptitle(title)
+    for text in metric_axes.legend(frameon=False, fontsize="small" if len(variants) > 4 else None).get_texts():
+        text.set_parse_math(False)
+    figure.suptitle(title, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

@@ -69,7 +69,7 @@ class Telling:
         now = time.monotonic()
         if now - self.last < (0.1 if self.status else self.every):
             return
-        self.last = now
+        self.last, words = now, printable(words)
         if self.status:
             self.status.update(Text(words))  # of a string it would read markup, whatever the console does
         else:

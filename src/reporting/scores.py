@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from src.reporting.schema import RESULTS
 
 
 def print_scores(
-    title: str, metrics: dict[str, float], intervals: dict[str, dict[str, float]], chance: dict[str, float | None]
+    title: str, metrics: dict[str, float], intervals: dict[str, dict[str, float]], chance: Mapping[str, float | None]
 ) -> None:
     """One row a metric.
 

@@ -50,6 +50,11 @@ def test_eleven_curves_can_be_told_apart(tmp_path):
     assert draw(variants(tmp_path, 11), tmp_path / "figure.png", "title").stat().st_size > 10_000
 
 
+def test_names_are_no_formulas(tmp_path):
+    odd = [replace(variant, name=rf"$\x{i}$") for i, variant in enumerate(variants(tmp_path, 2))]
+    assert draw(odd, tmp_path / "figure.png", r"$\x$").is_file()
+
+
 def test_variants_that_other_code_has_run_are_told(tmp_path, caplog):
     """Those that had finished before the code was changed are not run again."""
     found = variants(tmp_path, 2)
