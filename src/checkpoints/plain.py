@@ -1,8 +1,9 @@
 """What ``torch.save`` has written, opened as plain data: tensors, and dictionaries, lists, numbers and words.
 
 ``torch.load(weights_only=True)`` runs no code, and yet a file of a kilobyte can keep it busy for ever (a key that is a pair of pairs of
-pairs, hashed a trillion times) or fill the memory (encodings of encodings, bytes that are compressed). So the steps by which a file is
-to be put together are looked at before any is taken: nothing is called but what makes a tensor, and keys are words and numbers.
+pairs, hashed a trillion times; numbers that all have one hash) or fill the memory (encodings of encodings, bytes that are compressed).
+So the steps by which a file is to be put together are looked at before any is taken: there are not too many, nothing is called but what
+makes a tensor, and keys are short words and small whole numbers.
 """
 
 from __future__ import annotations
@@ -13,13 +14,20 @@ import pickletools
 import zipfile
 from collections import OrderedDict
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-MOST_STEPS = 2**28  # bytes of them; an 8B model's optimizer has some ten million
+MOST_BYTES = 2**26  # besides tensors; an 8B model and its optimizer have some hundred thousand
+MOST_STEPS = 4_000_000  # some forty a tensor
+MOST_THINGS = 1_000_000  # that are made: containers, words and tensors, by what they take in memory; some ten a tensor
+MOST_LETTERS = 1000  # of a key: two that are equal are compared to the end, as often as one stands there
+# Of a whole number that is a key, as torch.save numbers parameters. The hash of a larger one can be chosen, and whoever chooses one
+# hash for all keys makes each wait for all that came before.
+MOST_NUMBER = 2**20
 
 # Of the steps that PyTorch takes all but sets, objects and long numbers.
 _STEPS = {
@@ -31,7 +39,8 @@ _STEPS = {
 # What a step makes, as far as it matters here; "pair" is any tuple but one of whole numbers.
 _KINDS = dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), "whole") | {"EMPTY_TUPLE": "wholes"}
 _KINDS |= {"BINUNICODE": "word", "NEWTRUE": "truth", "NEWFALSE": "truth", "EMPTY_DICT": "dict", "EMPTY_LIST": "list"}
-_KEYS = {"word", "whole", "truth", "BINFLOAT", "NONE"}
+_KEYS = {"word", "whole", "truth", "NONE"}
+_COSTS = dict.fromkeys(("word", "dict", "list", "wholes", "pair", "ordered", "storage"), 1) | {"tensor": 4}
 # How many things each step takes from the stack, if not all since the last mark; the rest take none.
 _TAKES_ALL = {"TUPLE", "APPENDS", "SETITEMS"}
 _TAKES = {"REDUCE": 2, "BUILD": 1, "BINPERSID": 1, "APPEND": 1, "SETITEM": 2, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -84,8 +93,8 @@ def check_plain(source: Any) -> None:
     finally:
         if not isinstance(source, Path):
             source.seek(0)
-    if len(steps) > MOST_STEPS:
-        raise pickle.UnpicklingError(f"it has more than {MOST_STEPS:,} bytes besides tensors")
+    if len(steps) > MOST_BYTES:
+        raise pickle.UnpicklingError(f"it has more than {MOST_BYTES:,} bytes besides tensors")
     try:
         _check_steps(steps, archive)
     except pickle.UnpicklingError:
@@ -101,14 +110,22 @@ class _Thing(NamedTuple):
     value: Any = None  # of a word, a whole number, or a class of storages; of a pair, its members
 
 
+_same = cache(
+    _Thing
+)  # of those that are their kind alone: a thing for each would take more memory than what it stands for
+
+
 def _check_steps(steps: bytes, archive: Any) -> None:
     """Takes the steps with kinds of things in the place of things."""
     stack: list[_Thing] = []
     marks: list[int] = []
     memory: dict[int, _Thing] = {}
     argument: Any  # of the step: a number or names
-    for step, argument, _ in pickletools.genops(steps):
+    cost = 0
+    for number, (step, argument, _) in enumerate(pickletools.genops(steps)):
         name = step.name
+        if number > MOST_STEPS or cost > MOST_THINGS:
+            raise pickle.UnpicklingError("it holds more words, tensors and containers than any checkpoint does")
         if name not in _STEPS:
             raise pickle.UnpicklingError(f"its data.pkl takes a step {name}, which plain data do without")
         if name.endswith("BINPUT"):
@@ -128,9 +145,10 @@ def _check_steps(steps: bytes, archive: Any) -> None:
             elif name == "BINPERSID":
                 made = _storage(taken[0], archive)
             else:
-                made = _made(name, argument, taken, stack[-1] if stack else _Thing("nothing"))
+                made = _made(name, argument, taken, stack[-1] if stack else _same("nothing"))
             if name not in _MAKES_NOTHING:
                 stack.append(made)
+                cost += _COSTS.get(made.kind, 0)
 
 
 def _storage(stored: _Thing, archive: Any) -> _Thing:
@@ -141,7 +159,7 @@ def _storage(stored: _Thing, archive: Any) -> _Thing:
     width, key, numbers = members[1].value, members[2].value, members[4].value
     if not 0 <= numbers * width <= archive.get_record_size(f"data/{key}"):
         raise pickle.UnpicklingError("its data.pkl asks for more numbers than there are")
-    return _Thing("storage")
+    return _same("storage")
 
 
 def _made(name: str, argument: Any, taken: list[_Thing], below: _Thing) -> _Thing:
@@ -152,9 +170,12 @@ def _made(name: str, argument: Any, taken: list[_Thing], below: _Thing) -> _Thin
     """
     kinds = tuple(thing.kind for thing in taken)
     if name.startswith("TUPLE"):
-        return _Thing("wholes", ()) if set(kinds) <= {"whole"} else _Thing("pair", tuple(taken[:16]))
-    if name in ("SETITEM", "SETITEMS") and not (set(kinds[::2]) <= _KEYS and below.kind in ("dict", "ordered")):
-        raise pickle.UnpicklingError("it has a key that is neither a word nor a number")
+        return _same("wholes", ()) if set(kinds) <= {"whole"} else _Thing("pair", tuple(taken[:16]))
+    if name in ("SETITEM", "SETITEMS"):
+        if below.kind not in ("dict", "ordered"):
+            raise pickle.UnpicklingError("its data.pkl files something in what is no dictionary")
+        for key in taken[::2]:
+            _check_key(key)
     if name in ("APPEND", "APPENDS") and below.kind != "list":
         raise pickle.UnpicklingError("its data.pkl adds to what is no list")
     if name == "BUILD" and (below.kind, *kinds) != ("ordered", "dict"):
@@ -164,9 +185,18 @@ def _made(name: str, argument: Any, taken: list[_Thing], below: _Thing) -> _Thin
         made = _CALLS.get((kinds[0], given))
         if made is None:
             raise pickle.UnpicklingError(f"its data.pkl calls {kinds[0]} in a way that torch.save does not")
-        return _Thing(made)
+        return _same(made)
     kind = _KINDS.get(name, name)
-    return _Thing(kind, argument if kind in ("word", "whole") else () if kind == "wholes" else None)
+    return _Thing(kind, argument) if kind in ("word", "whole") else _same(kind, () if kind == "wholes" else None)
+
+
+def _check_key(key: _Thing) -> None:
+    if key.kind not in _KEYS:
+        raise pickle.UnpicklingError("it has a key that is neither a word nor a whole number")
+    if key.kind == "whole" and not 0 <= key.value < MOST_NUMBER:
+        raise pickle.UnpicklingError(f"it has a number as a key that is not from 0 to {MOST_NUMBER - 1:,}")
+    if key.kind == "word" and len(key.value) > MOST_LETTERS:
+        raise pickle.UnpicklingError(f"it has a key of more than {MOST_LETTERS:,} letters")
 
 
 def _thing(names: str) -> _Thing:
@@ -174,13 +204,13 @@ def _thing(names: str) -> _Thing:
     module, name = names.split(" ", 1)
     known = getattr(torch, name, None) if module == "torch" else None
     if isinstance(known, torch.dtype):
-        return _Thing("dtype")
+        return _same("dtype")
     if names == "torch.storage UntypedStorage":
-        return _Thing("class of storage", 1)
+        return _same("class of storage", 1)
     if known is not None and name.endswith("Storage") and hasattr(known, "_dtype"):
-        return _Thing("class of storage", known._dtype.itemsize)
+        return _same("class of storage", known._dtype.itemsize)
     if any(names == called for called, _ in _CALLS):
-        return _Thing(names)
+        return _same(names)
     raise pickle.UnpicklingError(f"it holds a pickled object, {module}.{name}, which could run code")
 
 

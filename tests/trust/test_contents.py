@@ -266,6 +266,15 @@ STEPS = {
         PAIRS + b"ccollections\nOrderedDict\n](h\x2dK\x01\x86e\x85R.",
         "calls collections OrderedDict in a way",
     ),
+    "whole numbers as keys, which can all have one hash": (
+        b"}(" + b"".join(b"\x8a\x09" + (k * (2**61 - 1)).to_bytes(9, "little") + b"N" for k in range(1, 50)) + b"u.",
+        "a number as a key",
+    ),
+    "a fraction as a key": (b"}G" + struct.pack(">d", 2.0**61) + b"K\x01s.", "a key that is neither"),
+    "long keys, compared to the end": (
+        b"}" + b"".join(b"X" + struct.pack("<L", 2000) + b"k" * 2000 + b"Ns" for _ in range(2)) + b".",
+        "a key of more than 1,000 letters",
+    ),
     "a set": (PAIRS + b"cbuiltins\nset\n]h\x2da\x85R.", "a pickled object, builtins.set"),
     "encodings of encodings": (HEX + b".", "a pickled object, _codecs.encode"),
     "more bytes than there are": (
@@ -292,6 +301,32 @@ def test_a_kilobyte_takes_no_time_and_no_memory(trained, tmp_path, name):
         load_model(path)
     with watched(tmp_path, seconds=10), pytest.raises(ConfigError, match=rf"small\.ckpt.*{why}"):
         replay(path, load_model(trained))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [b"](" + b"}" * 2000 + b"e.", b"](" + b"X\2\0\0\0ab" * 2000 + b"e.", b"](" + b"N" * 9000 + b"e."],
+    ids=["dictionaries", "words", "nothings"],
+)
+def test_a_file_holds_no_more_things_than_a_checkpoint(trained, tmp_path, monkeypatch, steps):
+    """They are counted before they are made: a byte can stand for a hundred."""
+    monkeypatch.setattr("src.checkpoints.plain.MOST_THINGS", 1000)
+    monkeypatch.setattr("src.checkpoints.plain.MOST_STEPS", 8000)
+    path = archive_of(trained, tmp_path / "small.ckpt", steps)
+    with pytest.raises(CheckpointError, match=r"small\.ckpt.*more words, tensors and containers"):
+        load_model(path)
+
+
+def test_a_tensor_again_and_again_is_counted_each_time(trained, tmp_path, monkeypatch):
+    """It can be made of five bytes that name what has been made before."""
+    call = (
+        b"ctorch._utils\n_rebuild_tensor_v2\nq\0((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1tQ"
+    )
+    call += b"K\0K\1\x85K\1\x85\x89ccollections\nOrderedDict\n)Rtq\1"
+    monkeypatch.setattr("src.checkpoints.plain.MOST_THINGS", 1000)
+    path = archive_of(trained, tmp_path / "small.ckpt", call + b"](" + b"h\0h\1R" * 300 + b"e.")
+    with pytest.raises(CheckpointError, match=r"small\.ckpt.*more words, tensors and containers"):
+        load_model(path)
 
 
 @pytest.mark.parametrize("numbers", [10**9, -1])
