@@ -18,15 +18,22 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 MOST_BYTES = 16 << 20  # of a record; real ones have some thousand
+MOST_YAML_BYTES = 1 << 20  # YAML takes two hundred times its size while it is read
+MOST_EVENTS = 100_000  # of YAML: values, and where lists and mappings begin and end
 DEEPEST = 64  # containers in containers; real ones have some five
 MOST_ALIASES = 100  # of YAML
 LONGEST_NUMBER = 400  # characters; YAML's numbers to the base of sixty take quadratic time
+LONGEST_NUMBER_AS_KEY = (
+    6  # characters; the hash of a larger one can be chosen, and a mapping of keys with one hash takes quadratic time
+)
 MOST_TOLD = 3  # mistakes of one file that a message names
 
 Kind = TypeVar("Kind")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same rules, and ten times as fast with libyaml
 # What JSON or YAML in UTF-8 may hold of characters that are no text: escapes, delete, and the second set of control characters.
 _SUSPICIOUS = re.compile(rb"\\[^\"/\\n]|\x7f|\xc2[\x80-\x9f]")
+_RESOLVER = yaml.resolver.Resolver()
+_NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
 _NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -84,7 +91,7 @@ def read_json(path: Path, schema: TypeAdapter[Kind], most: int = MOST_BYTES) -> 
     return shaped(_clean(found) if _SUSPICIOUS.search(content) else found, schema)
 
 
-def read_yaml(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
+def read_yaml(path: Path, most: int = MOST_YAML_BYTES) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
     Raises:
@@ -170,20 +177,41 @@ def _check_depth(node: Any) -> None:
 
 def _check_events(text: str) -> None:
     """Walks through a YAML text without building anything: the parser in C would end the process where nesting is too deep."""
-    depth = aliases = 0
-    for event in yaml.parse(text, Loader=_LOADER):
-        if isinstance(event, yaml.ScalarEvent):
-            if event.value == "<<" and event.implicit[0]:
-                raise Unreadable("merge keys (<<) are not read")
-            if len(event.value) > LONGEST_NUMBER and re.fullmatch(r"[-+.:_\da-fA-FxX]+", event.value):
-                raise Unreadable("a number of too many digits")
-        elif isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > DEEPEST:
-                raise Unreadable("nested too deep")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.AliasEvent):
+    aliases = 0
+    parents: list[bool | None] = []  # of each collection that is open, whether a key comes next; None for a list
+    for number, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+        if number > MOST_EVENTS:
+            raise Unreadable(f"more than {MOST_EVENTS:,} values")
+        if isinstance(event, yaml.CollectionEndEvent):
+            parents.pop()
+            continue
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        is_key = bool(parents and parents[-1])
+        if parents and parents[-1] is not None:
+            parents[-1] = not is_key
+        if isinstance(event, yaml.AliasEvent):
             aliases += 1
             if aliases > MOST_ALIASES:
                 raise Unreadable("too many aliases")
+        elif event.tag is not None:  # it would make a merge key, or a number, of any text
+            raise Unreadable(f"tags ({clean_text(event.tag)[:100]}) are not read")
+        elif isinstance(event, yaml.ScalarEvent):
+            _check_scalar(event, is_key)
+        else:
+            if is_key:
+                raise Unreadable("a key that is no name")
+            parents.append(True if isinstance(event, yaml.MappingStartEvent) else None)
+            if len(parents) > DEEPEST:
+                raise Unreadable("nested too deep")
+
+
+def _check_scalar(event: yaml.ScalarEvent, is_key: bool) -> None:
+    value: str = event.value
+    if not event.implicit[0]:  # in quotes: a text
+        return
+    if value == "<<":
+        raise Unreadable("merge keys (<<) are not read")
+    longest = LONGEST_NUMBER_AS_KEY if is_key else LONGEST_NUMBER
+    if len(value) > longest and _RESOLVER.resolve(yaml.ScalarNode, value, (True, False)) in _NUMBERS:
+        raise Unreadable("a number as a key" if is_key else "a number of too many digits")

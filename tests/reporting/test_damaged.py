@@ -45,9 +45,20 @@ DAMAGES = {
     "aliases": ("config.yaml", BOMB),
     "merge keys": ("config.yaml", MERGES),
     "a number to the base of sixty": ("config.yaml", "seed: 1" + ":1" * 200_000),
+    "merge keys by their tag": ("config.yaml", "a: &a {k: 1}\nb: {!!merge k: [*a, *a]}\n"),
+    "merge keys by the whole name of their tag": ("config.yaml", "a: {!<tag:yaml.org,2002:merge> k: {b: 1}}\n"),
+    "a number by its tag": ("config.yaml", 'a: !!int "1:1:1 "\n'),
+    "a list with a tag": ("config.yaml", "a: !!set {b}\n"),
+    "numbers for keys, with one hash": (
+        "config.yaml",
+        "a: {" + ", ".join(f"{k * (2**61 - 1)}: 1" for k in range(1, 9)) + "}\n",
+    ),
+    "a fraction for a key": ("config.yaml", "a: {b: 1, ? 2305843009213693952.5 : 1}\n"),
+    "a list for a key": ("config.yaml", "a: {? [b] : 1}\n"),
+    "many values": ("config.yaml", "a: [" + "b," * 100_000 + "b]\n"),
     "an object": ("config.yaml", "a: !!python/object/apply:os.system [exit]\n"),
     "a day that is none": ("config.yaml", "a: 2001-99-99\n"),
-    "huge config": ("config.yaml", "a: " + "x" * (20 << 20)),
+    "huge config": ("config.yaml", "a: " + "x" * (2 << 20)),
     "a number for a status": ("run.json", '{"status": 5}'),
     "a list for the machine": ("run.json", '{"status": "finished", "environment": ["x"]}'),
     "a word for the attempts": ("run.json", '{"status": "failed", "earlier": "none"}'),
@@ -80,6 +91,15 @@ def test_a_damaged_run_is_named_and_the_others_are_reported(tmp_path, capsys, da
     assert f"could not be read: {tmp_path / 'logs' / 'bad'}: {name}" in told
     assert "What could not be read" in page
     assert f"{name}: " in page
+
+
+def test_numbers_lists_and_names_of_an_honest_configuration_are_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    text = "a: {4: 2, 100: [x, {b: 1.5}], '2305843009213693952': y, true: z, long-name-1e5: null}\n"
+    path.write_text(text + "d: 12345678901\ne: &e [1]\nf: *e\n2024-run: 2001-02-03\n")
+    found = read_yaml(path)
+    assert found["a"] == {4: 2, 100: ["x", {"b": 1.5}], "2305843009213693952": "y", True: "z", "long-name-1e5": None}
+    assert (found["d"], found["f"], found["2024-run"].year) == (12345678901, [1], 2001)
 
 
 def reported(root: Path) -> str:
