@@ -14,9 +14,10 @@ import torch
 
 from src.checkpoints.contents import MOST_STEPS, check_contents
 from src.checkpoints.described import check_types, described_model, weights_of
+from src.checkpoints.description import META, read_metadata
 from src.checkpoints.integrity import CHECKSUM, damage, step_of
 from src.checkpoints.plain import load_plain
-from src.checkpoints.sharded import META, check_shards, is_sharded, read_metadata, read_shards
+from src.checkpoints.sharded import check_shards, is_sharded, read_shards
 from src.components.backbone import Backbone
 from src.config import ConfigError
 from src.config.errors import printable

@@ -7,20 +7,18 @@
         SHA256SUMS                        written last, over the other files
 
 DCP pickles its ``.metadata``, and every value that is no tensor, and by itself unpickles them without looking. Here the description
-is read once, by an unpickler that knows DCP's own descriptions and nothing else; what it says is checked against the files; and that
-checked description is what DCP reads by (``_Reader``). Values that are no tensors are read as plain data, and there are none among weights
+is read once, by an unpickler that knows nothing else, and checked against the files (``description.py``); and that checked description
+is what DCP reads by (``_Reader``). Values that are no tensors are read as plain data, and there are none among weights
 (``_Planner``). So opening a folder from elsewhere runs nobody's code. Any number of processes can go on from any number of shards.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import pickle
-import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,246 +29,24 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _Em
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from src.checkpoints.described import described_model
+from src.checkpoints.description import META, METADATA, OPTIMIZER, WEIGHTS, read_metadata
 from src.checkpoints.integrity import PREFIX, SUMS, sha256
 from src.checkpoints.optimizer_state import named, numbered
 from src.checkpoints.plain import check_plain, load_plain
 from src.config import instantiate
 from src.files import PART
 
-METADATA, META = ".metadata", "meta.pt"
-WEIGHTS, OPTIMIZER = "state_dict", "optimizer_"  # DCP's keys, as Lightning names them
-
-# What a description of tensors and where they lie is made of, by name: a module's other classes do things.
-_DCP = "torch.distributed.checkpoint"
-_TYPES = {
-    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
-    *((f"{_DCP}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-}
-# Where a checkpoint lay when it was written: of no use, and a path of paths of paths would be as long as one likes.
-_PATHS = {(module, "PosixPath") for module in ("pathlib", "pathlib._local")}
-_FILLED = {"Metadata", "MetadataIndex", "StorageMeta", "_StorageInfo", "_Properties"}
-_FILLED |= {"TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"}
-_SHARD = re.compile(r"[\w-]+\.distcp")
-_MOST_DESCRIPTION = 2**28  # bytes of .metadata
-
 
 def is_sharded(path: Path) -> bool:
     """Whether a path is a folder of shards."""
     return path.is_dir() and (path / METADATA).is_file()
-
-
-class _Descriptions(pickle._Unpickler):  # the one in Python, whose steps can be replaced
-    """Knows DCP's descriptions and nothing else, fills in their fields and changes nothing besides."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) == ("torch.serialization", "_get_layout"):
-            return _layout
-        if (module_name, global_name) in _PATHS or global_name == "_MEM_FORMAT_ENCODING":
-            return _nothing
-        if (module_name, global_name) == ("torch", "Size"):
-            return _sizes
-        if global_name == "TensorProperties":
-            return _Properties
-        dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
-        if dtype or (module_name, global_name) in _TYPES:
-            return super().find_class(module_name, global_name)
-        raise pickle.UnpicklingError(
-            f"{METADATA} names {module_name}.{global_name}, which is no description of tensors"
-        )
-
-    def load_reduce(self) -> None:
-        """Only the few functions that ``find_class`` puts in the place of others are called; descriptions are made empty, and filled in."""
-        if self.stack[-2] not in (_layout, _nothing, _sizes):  # type: ignore[attr-defined]
-            raise pickle.UnpicklingError(f"{METADATA} calls what is no part of a description")
-        super().load_reduce()  # type: ignore[misc]
-
-    def load_build(self) -> None:
-        filled, state = self.stack[-2:]  # type: ignore[attr-defined]
-        fields = state if isinstance(state, dict) else {}
-        if type(filled).__name__ not in _FILLED or not all(
-            isinstance(key, str) and key.isidentifier() for key in fields
-        ):
-            raise pickle.UnpicklingError(f"{METADATA} wants to change something that is no description")
-        super().load_build()  # type: ignore[misc]
-
-    # What is a key is hashed, and a pair of pairs of pairs would take for ever.
-
-    def load_setitem(self) -> None:
-        _check_key(self.stack[-2])  # type: ignore[attr-defined]
-        super().load_setitem()  # type: ignore[misc]
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()  # type: ignore[attr-defined]
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            _check_key(key)
-            self.stack[-1][key] = value  # type: ignore[attr-defined]
-
-    dispatch = dict(pickle._Unpickler.dispatch) | {  # type: ignore[attr-defined]
-        pickle.BUILD[0]: load_build,
-        pickle.REDUCE[0]: load_reduce,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-    }
-    for _unused in (pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
-        del dispatch[_unused[0]]
-
-
-def _check_key(key: Any) -> None:
-    if type(key) is not str:
-        _index(key)
-
-
-def _nothing(*_: Any) -> None:
-    """In place of a path, or of a word for how numbers lie."""
-
-
-def _layout(name: Any) -> torch.layout:
-    if type(name) is not str or name != "torch.strided":
-        raise pickle.UnpicklingError(f"{METADATA} describes a tensor of another layout than torch.strided")
-    return torch.strided
-
-
-class _Properties:
-    """In place of DCP's description of a tensor: no more than its type is taken."""
-
-    dtype: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.dtype = state[0] if isinstance(state, tuple) and state else None
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """DCP's description of a folder of shards, checked against the files that are there.
-
-    Raises:
-        pickle.UnpicklingError: it is damaged, names what is no description, or describes what is not in the folder.
-        OSError: it is not there.
-    """
-    path = folder / METADATA
-    if not path.is_file() or not (folder / META).is_file():
-        raise FileNotFoundError(f"{folder} lacks {METADATA} or {META}")
-    if path.stat().st_size > _MOST_DESCRIPTION:
-        raise pickle.UnpicklingError(f"{METADATA} holds more than {_MOST_DESCRIPTION:,} bytes")
-    with path.open("rb") as file:
-        try:
-            return _checked_description(_Descriptions(file).load(), folder)
-        except pickle.UnpicklingError:
-            raise
-        except Exception as error:  # bytes that are no pickle can mean anything, an operation that was taken away too
-            raise pickle.UnpicklingError(f"{METADATA} cannot be read: {type(error).__name__}") from error
-
-
-def _checked_description(found: Any, folder: Path) -> Metadata:
-    """A description made anew of what a file says, if that speaks of this folder's own files and of no more than they hold.
-
-    Raises:
-        pickle.UnpicklingError: it does not.
-    """
-    if (
-        type(found) is not Metadata
-        or type(found.state_dict_metadata) is not dict
-        or type(found.storage_data) is not dict
-    ):
-        raise pickle.UnpicklingError(f"{METADATA} is no description of shards")
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.distcp") if path.is_file()}
-    places = {_index(index): _place(place, folder, sizes) for index, place in found.storage_data.items()}
-    _check_apart(places.values())
-    bytes_of: dict[str, int] = {}
-    for index, place in places.items():
-        bytes_of[index.fqn] = bytes_of.get(index.fqn, 0) + place.length
-    pieces = 0
-    entries: dict[str, Any] = {}
-    for name, entry in found.state_dict_metadata.items():
-        if type(name) is not str:
-            raise pickle.UnpicklingError(f"{METADATA} has a name that is none")
-        if type(entry) is TensorStorageMetadata:
-            # Each piece has its place in a file, so there cannot be more of them; and a list may stand for many of them.
-            entries[name] = _tensor(name, entry, bytes_of.get(name, 0), len(places) - pieces)
-            pieces += len(entries[name].chunks)
-        elif type(entry) is BytesStorageMetadata and name.startswith(OPTIMIZER):
-            entries[name] = BytesStorageMetadata()
-        else:
-            raise pickle.UnpicklingError(f"{METADATA} has {name!r}, which is no tensor and may be a pickled object")
-    return Metadata(entries, _paths(found.planner_data, entries), places, StorageMeta())
-
-
-def _index(index: Any) -> MetadataIndex:
-    offset = getattr(index, "offset", None)
-    if type(index) is not MetadataIndex or type(index.fqn) is not str:
-        raise pickle.UnpicklingError(f"{METADATA} has a place without a name")
-    return MetadataIndex(
-        index.fqn, None if offset is None else _sizes(offset), index.index if type(index.index) is int else None
-    )
-
-
-def _place(place: Any, folder: Path, sizes: dict[str, int]) -> _StorageInfo:
-    name, offset, length = place.relative_path, place.offset, place.length
-    if type(name) is not str or not _SHARD.fullmatch(name) or name not in sizes or (folder / name).is_symlink():
-        shown = repr(name[:200]) if type(name) is str else "what is no name"
-        raise pickle.UnpicklingError(f"{METADATA} sends readers to {shown}, which is none of this folder's shards")
-    if type(offset) is not int or type(length) is not int or not 0 <= offset <= offset + length <= sizes[name]:
-        raise pickle.UnpicklingError(f"{METADATA} reaches beyond the end of {name}")
-    if getattr(place, "transform_descriptors", None):
-        raise pickle.UnpicklingError(f"{METADATA} wants {name} transformed, which no checkpoint of this project does")
-    return _StorageInfo(name, offset, length)
-
-
-def _check_apart(places: Iterable[_StorageInfo]) -> None:
-    """The same bytes again and again would be a tensor of any size."""
-    ends: dict[str, int] = {}
-    for place in sorted(places, key=lambda place: (place.relative_path, place.offset, place.length)):
-        if place.offset < ends.get(place.relative_path, 0):
-            raise pickle.UnpicklingError(f"{METADATA} reads the same bytes of {place.relative_path} more than once")
-        ends[place.relative_path] = place.offset + place.length
-
-
-def _tensor(name: str, entry: TensorStorageMetadata, there: int, pieces: int) -> TensorStorageMetadata:
-    size, dtype = _sizes(entry.size), entry.properties.dtype
-    if not isinstance(dtype, torch.dtype) or math.prod(size) * dtype.itemsize > there:
-        raise pickle.UnpicklingError(f"{METADATA} describes more of {name!r} than the shards hold")
-    if type(entry.chunks) is not list or len(entry.chunks) > pieces:
-        raise pickle.UnpicklingError(f"{METADATA} describes {name!r} in more pieces than there are")
-    chunks = [ChunkStorageMetadata(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in entry.chunks]
-    if sum(math.prod(chunk.sizes) for chunk in chunks) > math.prod(size):
-        raise pickle.UnpicklingError(f"{METADATA} describes {name!r} more than once")
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
-
-
-def _sizes(sizes: Any) -> torch.Size:
-    if not isinstance(sizes, tuple) or len(sizes) > 16 or not all(type(n) is int and 0 <= n < 2**48 for n in sizes):
-        raise pickle.UnpicklingError(f"{METADATA} has a size that is none")
-    return torch.Size(sizes)
-
-
-def _paths(planner_data: Any, entries: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Under which keys of nested dictionaries and lists the entries belong."""
-    found: dict[str, tuple[Any, ...]] = {}
-    for name in entries:
-        path = planner_data.get(name) if isinstance(planner_data, dict) else None
-        path = (name,) if path is None else path
-        right = type(path) is tuple and all(
-            type(key) is str or (type(key) is int and 0 <= key < len(entries)) for key in path
-        )
-        if (
-            not right
-            or ".".join(map(str, path)) != name
-            or (name.startswith(WEIGHTS) and not all(type(k) is str for k in path))
-        ):
-            raise pickle.UnpicklingError(f"{METADATA} files {name!r} under another name")
-        found[name] = path
-    return found
 
 
 class _Reader(FileSystemReader):

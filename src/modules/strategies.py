@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from src.checkpoints.description import META, METADATA, OPTIMIZER, WEIGHTS
 from src.checkpoints.integrity import SUMS
 from src.checkpoints.optimizer_state import named, numbered
 from src.checkpoints.plain import load_plain
-from src.checkpoints.sharded import META, METADATA, OPTIMIZER, WEIGHTS, checksums, restore
+from src.checkpoints.sharded import checksums, restore
 from src.config import ConfigError, RunError
 from src.files import PART
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.checkpoints.__main__ import main
@@ -150,6 +150,61 @@ def test_a_few_bytes_of_a_description_take_no_time_and_no_memory(shards):
         read_checkpoint(shards)
     crafted(shards, pickle.EMPTY_DICT, pickle.MARK, pair, pickle.NONE, pickle.DICT)
     with watched(shards, seconds=10), pytest.raises(CheckpointError, match="cannot be read"):
+        read_checkpoint(shards)
+
+
+def test_places_are_held_against_their_tensors_before_they_are_keys(shards, monkeypatch):
+    """The hash of numbers can be chosen, and thousands of keys with one hash take quadratic time; none far away is ever hashed."""
+    metadata = read_metadata(shards)
+    name = next(n for n, e in metadata.state_dict_metadata.items() if not isinstance(e, BytesStorageMetadata))
+    index, place = next((i, p) for i, p in metadata.storage_data.items() if i.fqn == name)
+    for number in range(100):
+        far = torch.Size([2**40 + number] * len(metadata.state_dict_metadata[name].size))  # type: ignore[union-attr]
+        metadata.storage_data[type(index)(name, far)] = type(place)(place.relative_path, place.offset, 0)
+    (shards / METADATA).write_bytes(pickle.dumps(metadata))
+    sign(shards)
+    monkeypatch.setattr(type(index), "__hash__", lambda index: 1 // 0)
+    with pytest.raises(CheckpointError, match=r"step00000004.*lies in no such tensor"):
+        read_checkpoint(shards)
+
+
+def test_a_place_is_not_read_for_several_pieces(shards):
+    """Pieces without numbers are as many as one likes, and each would be read whole."""
+    metadata = read_metadata(shards)
+    names = [n for n, e in metadata.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)]
+    name = next(n for n in names if len(metadata.state_dict_metadata[n].size) == 2)  # type: ignore[union-attr]
+    entry: Any = metadata.state_dict_metadata[name]
+    index, place = next((i, p) for i, p in metadata.storage_data.items() if i.fqn == name)
+    metadata.storage_data[type(index)(name, torch.Size([1, 0]))] = type(place)(place.relative_path, place.offset, 0)
+    entry.chunks = [entry.chunks[0], type(entry.chunks[0])(entry.chunks[0].offsets, torch.Size([0, 0]))]
+    (shards / METADATA).write_bytes(pickle.dumps(metadata))
+    sign(shards)
+    with pytest.raises(CheckpointError, match=r"step00000004.*without a place, or two in one"):
+        read_checkpoint(shards)
+
+
+@pytest.mark.parametrize("body", [b"](" + b"}" * 600 + b"e", b"](" + b"N" * 2500 + b"e"], ids=["made", "taken"])
+def test_the_steps_of_a_description_are_counted(shards, monkeypatch, body):
+    monkeypatch.setattr("src.checkpoints.description._MOST_STEPS", 2000)
+    crafted(shards, body)
+    with pytest.raises(CheckpointError, match=r"step00000004.*more than any description"):
+        read_checkpoint(shards)
+
+
+def test_names_in_a_description_are_short(shards):
+    """Two that are equal are compared to their ends, as often as one stands there."""
+    name = b"X" + (2000).to_bytes(4, "little") + b"n" * 2000
+    crafted(shards, pickle.EMPTY_DICT, name, pickle.NONE, pickle.SETITEM)
+    with pytest.raises(CheckpointError, match=r"step00000004.*name of more than 1,000 letters"):
+        read_checkpoint(shards)
+
+
+def test_a_description_is_not_called_by_an_older_step_either(shards):
+    """Its message would write out what it does not know."""
+    pairs = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(45)) + b"0" * 45
+    called = b"(ctorch.distributed.checkpoint.metadata\nMetadataIndex\nX\1\0\0\0ah\x2do"
+    crafted(shards, b"\x80\x02", pairs, called)
+    with watched(shards, seconds=10), pytest.raises(CheckpointError, match=r"step00000004.*cannot be read: KeyError"):
         read_checkpoint(shards)
 
 
