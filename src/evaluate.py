@@ -106,7 +106,7 @@ def of_checkpoint(section: Any, where: str, path: Path) -> Any:
     try:
         return instantiate(section, where)
     except Exception as error:  # whatever a constructor says of arguments that make no sense
-        raise CheckpointError(f"checkpoint {printable(path)}: {printable(error)}") from error
+        raise CheckpointError(f"checkpoint {printable(path)}: {printable(str(error)[:1000])}") from error
 
 
 def check_same_vocabulary(checkpoint: dict[str, Any], asked: StreamDataModule, path: Path) -> None:
@@ -201,7 +201,7 @@ def evaluation_trainer(
     try:
         return build_trainer({"trainer": settings, "callbacks": lines}, **quiet), remarks + told
     except ConfigError as error:
-        raise CheckpointError(f"checkpoint {printable(path)}: {error}") from error
+        raise CheckpointError(f"checkpoint {printable(path)}: {str(error)[:1000]}") from error
 
 
 def part_of_split(

@@ -34,6 +34,7 @@ from src.files import part_of
 log = logging.getLogger(__name__)
 
 LEAST_HISTORY = 32  # steps, before which nothing is called a spike
+MOST_LEFT_OUT = 2**14  # steps that the state in a checkpoint may name
 
 
 class BadStep(RunError):
@@ -222,6 +223,10 @@ class Guard(Callback):
         for name in self.history:
             self.history[name] = deque(map(float, state_dict["history"][name]), maxlen=self.window)
         self.skipped = list(map(int, state_dict["skipped"]))
+        if (
+            len(state_dict["leave_out"]) > MOST_LEFT_OUT
+        ):  # numbers that all have one hash would take for ever to be a set
+            raise ValueError(f"its state leaves out more than {MOST_LEFT_OUT:,} steps")
         self.leave_out |= set(map(int, state_dict["leave_out"]))
 
 

@@ -52,7 +52,7 @@ def inspect(path: Path) -> int:
     rows["whole"] = "yes" if problem is None else f"no: {problem}"
     width = max(len(name) for name in rows)
     for name, value in rows.items():
-        print(f"{name:<{width}}  {printable(value)[:2000]}")
+        print(f"{name:<{width}}  {printable(str(value)[:2000])}")
     return int(problem is not None)
 
 

@@ -17,6 +17,9 @@ from src.checkpoints.plain import is_filled
 MOST_STEPS = 2**48
 MOST_PARTS = 1_000_000  # containers, names and values; an 8B model's optimizer has some ten thousand
 DEEPEST = 40
+MOST_LETTERS = (
+    2**25
+)  # of words and of the keys on the way to each part, as often as they stand somewhere; a large model's has some million
 
 # What there is, and of which kind; None for a kind that is looked at below.
 _NEEDED = {"config": dict, "state_dict": dict, "global_step": int}
@@ -88,31 +91,49 @@ def _parts(node: Any) -> Iterator[tuple[str, Any]]:
     """Everything in nested containers, with the name of the last key on the way to it.
 
     Raises:
-        ValueError: there is too much: a container in itself, or the same one again and again, is more than it takes in the file.
+        ValueError: there is too much: a container in itself, or the same one again and again, is more than it takes in the file, and a
+            long word is written there once, wherever it stands.
     """
-    waiting, seen = [("", node, 0)], 0
+    waiting, seen, letters = [("", node, 0, 0)], 0, 0
     while waiting:
-        name, part, depth = waiting.pop()
+        name, part, depth, way = waiting.pop()
         yield name, part
         if depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} levels deep")
-        if isinstance(part, dict):
-            waiting += [(str(key)[:100], value, depth + 1) for key, value in part.items()]
-            seen += len(part)
-        elif isinstance(part, list | tuple | set | frozenset):
-            waiting += [(name, value, depth + 1) for value in part]
+        if isinstance(part, dict | list | tuple | set | frozenset):
             seen += len(part)
         if seen > MOST_PARTS:
             raise ValueError(f"it has more than {MOST_PARTS:,} parts")
+        letters += way + _letters(part)
+        if letters > MOST_LETTERS:
+            raise ValueError(f"its words have more than {MOST_LETTERS:,} letters")
+        if isinstance(part, dict):
+            keys = [(str(key), value) for key, value in part.items()]
+            waiting += [(key[:100], value, depth + 1, way + len(key) + 1) for key, value in keys]
+        elif isinstance(part, list | tuple | set | frozenset):
+            waiting += [(name, value, depth + 1, way) for value in part]
+
+
+def _letters(part: Any) -> int:
+    """How long it is when it is written out, roughly; of a container, what it takes besides its parts."""
+    if isinstance(part, str | bytes):
+        return len(part)
+    return part.bit_length() // 3 if type(part) is int else 0
 
 
 def _check_optimizers(checkpoint: dict[str, Any]) -> None:
-    """Groups of parameters have rates that are numbers. (Whether tensors fit the parameters shows when those are there.)"""
+    """Groups of parameters name these by numbers, and have rates that are numbers.
+
+    Whether tensors fit the parameters shows when those are there.
+    """
     for state in checkpoint.get("optimizer_states") or []:
         groups = state.get("param_groups") if isinstance(state, dict) else None
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             raise ValueError("the state of an optimizer has no 'param_groups'")
         for group in groups:
+            names = group.get("params")
+            if not isinstance(names, list) or not all(type(name) is int and 0 <= name < MOST_PARTS for name in names):
+                raise ValueError("the 'params' of an optimizer are no numbers of parameters")
             for key in ("lr", "weight_decay", "eps"):
                 if key in group and type(group[key]) not in (int, float):
                     raise ValueError(f"an optimizer's {key!r} is a {type(group[key]).__name__}")

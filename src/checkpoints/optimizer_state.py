@@ -14,7 +14,13 @@ from torch.optim import Optimizer
 
 
 def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state keyed by parameter name, keyed by number."""
+    """A state keyed by parameter name, keyed by number.
+
+    Raises:
+        ValueError: a name is none: anybody may have written it, and what is no text may take for ever to be looked up.
+    """
+    if not all(isinstance(name, str) for group in state["param_groups"] for name in group["params"]):
+        raise ValueError("the 'params' of an optimizer are no names of parameters")
     number = {name: i for i, name in enumerate(chain.from_iterable(g["params"] for g in state["param_groups"]))}
     groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
     return {"state": {number[name]: value for name, value in state["state"].items()}, "param_groups": groups}

@@ -72,6 +72,9 @@ def load_plain(source: Path | io.BytesIO, *, mapped: bool = True) -> Any:
     check_plain(source)
     found = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped and isinstance(source, Path))
     for part in _containers(found):
+        # Whoever asks whether it is among some words hashes it, and a pair of pairs of pairs would take for ever.
+        if isinstance(part, tuple) and any(isinstance(member, tuple) for member in part):
+            raise pickle.UnpicklingError("it holds a pair of pairs, which plain data of this project do without")
         if isinstance(
             part, OrderedDict
         ):  # attributes of a dictionary are versions of modules at best, and hide its methods at worst

@@ -22,6 +22,7 @@ from src.config.schema import PARTIAL, TARGET
 log = logging.getLogger(__name__)
 
 _REPEAT = "Repeat that run's own overrides; its folder keeps them in .hydra/overrides.yaml"
+_MOST_TOLD, _LONGEST_TOLD = 50, 300  # settings that differ, and letters of a value, that a message names
 
 # Shell patterns of keys, each for itself and all below it.
 MAY_DIFFER = (
@@ -97,7 +98,7 @@ def check_same_run(
     if train and "scheduler.total_steps" in differing:
         before, now = differing["scheduler.total_steps"]
         log.warning(
-            f"resuming a run whose schedule was one of {before} steps with one of {now}: the learning rate follows it from here"
+            f"resuming a run whose schedule was one of {_cut(before)} steps with one of {now}: the learning rate follows it from here"
         )
 
 
@@ -279,7 +280,14 @@ def _is_under(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _told(differing: dict[str, tuple[Any, Any]]) -> str:
-    return "; ".join(f"{printable(key)}: {there!r} there, {here!r} here" for key, (there, here) in differing.items())
+    told = [f"{printable(k[:200])}: {_cut(there)} there, {_cut(here)} here" for k, (there, here) in differing.items()]
+    more = f"; and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
+    return "; ".join(told[:_MOST_TOLD]) + more
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_TOLD else f"{text[:_LONGEST_TOLD]}..."
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

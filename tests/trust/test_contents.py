@@ -16,6 +16,7 @@ import torch
 from src.callbacks.guard import replay
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.checkpoints.__main__ import main
+from src.checkpoints.contents import check_contents
 from src.checkpoints.files import problem_of
 from src.checkpoints.plain import is_filled, load_plain
 from src.checkpoints.sharded import write_shards
@@ -55,6 +56,13 @@ def large(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(1, dtype=dtype).expand(2 * 10**9)
 
 
+def pairs() -> tuple:
+    node: tuple = ()
+    for _ in range(45):
+        node = (node, node)
+    return node
+
+
 # Where, and what is put there.
 LIES = {
     "a list of itself twice, forty times": (("config", "model", "norm_eps"), shared),
@@ -66,6 +74,13 @@ LIES = {
     "a metric that is none": (("validated",), lambda: {"a": 1}),
     "a metric with a name for terminals": (("pending_metrics",), lambda: {"\x1b[31m": 1.0}),
     "loops that are none": (("loops",), lambda: 3),
+    "a long word, again and again": (("data", "again"), lambda: ["a" * 2**16] * 1000),
+    "long ways to many parts": (
+        ("config", "again"),
+        lambda: {"a" * 900: {"b" * 900: dict.fromkeys(map(str, range(20_000)))}},
+    ),
+    "a pair of pairs for a name": (("config", "name"), pairs),
+    "a pair of pairs for a parameter": (("optimizer_states", 0, "param_groups", 0, "params", 0), pairs),
 }
 
 
@@ -91,6 +106,22 @@ def test_a_checkpoint_that_asks_for_much(trained, tmp_path, name):
         assert main(["inspect", str(path)]) in (0, 2)
         with pytest.raises(ConfigError, match=r"lie\.ckpt"):
             evaluate(compose_run(tmp_path, f"ckpt_path={path}", f"paths.output_dir={tmp_path}", config_name="evaluate"))
+
+
+def test_a_long_number_is_as_long_as_it_is_written_out(trained):
+    checkpoint = torch.load(trained / "checkpoints" / "step00000003.ckpt", weights_only=True)
+    checkpoint["config"]["again"] = [2**2000] * 60_000
+    with pytest.raises(ValueError, match="its words have more than"):
+        check_contents(checkpoint)
+
+
+def test_what_a_long_value_is_told_of_is_cut(trained, tmp_path, capsys):
+    path = forged(trained, tmp_path / "long.ckpt", lambda c: c["config"]["model"].update(norm_eps="a" * 10**5))
+    with pytest.raises(ConfigError, match=r"long\.ckpt") as caught:
+        tiny_run(tmp_path / "run", *EVERY, f"ckpt_path={path}")
+    assert len(str(caught.value)) < 2000
+    assert main(["inspect", str(forged(trained, path, lambda c: c["data"].update(again="a" * 10**5)))]) == 0
+    assert len(capsys.readouterr().out) < 5000
 
 
 def kept(checkpoint: dict, name: str) -> dict:
@@ -205,6 +236,8 @@ STATES = {
     "moments of another shape": lambda c: moments(c, exp_avg=lambda m: torch.zeros(*m.shape, 2)),
     "moments that are words": lambda c: moments(c, exp_avg=lambda m: "much"),
     "many steps at once": lambda c: moments(c, step=lambda m: torch.zeros(3)),
+    "parameters that are words": lambda c: group(c).update(params=["a"] * len(group(c)["params"])),
+    "steps to be left out without end": lambda c: kept(c, "Guard").update(leave_out=list(range(2**15))),
     "kept by words": lambda c: kept(c, "Checkpoints").update(best_k_models={"a": "b"}),
     "kept that are none": lambda c: kept(c, "Checkpoints").update(best_k_models=5),
     "kept under no name": lambda c: kept(c, "Checkpoints").update(last_model_path=5),
@@ -376,12 +409,9 @@ def test_moments_lie_one_number_after_another(trained):
 
 
 def test_a_format_that_is_a_pair_of_pairs_is_not_written_out(trained, tmp_path):
-    pair: tuple = ()
-    for _ in range(45):
-        pair = (pair, pair)
     checkpoint = torch.load(trained / "checkpoints" / "step00000003.ckpt", weights_only=True)
-    torch.save(checkpoint | {"format": pair}, tmp_path / "odd.ckpt")
-    with watched(tmp_path, seconds=10), pytest.raises(CheckpointError, match=r"odd\.ckpt.*format a tuple"):
+    torch.save(checkpoint | {"format": pairs()}, tmp_path / "odd.ckpt")
+    with watched(tmp_path, seconds=10), pytest.raises(CheckpointError, match=r"odd\.ckpt.*a pair of pairs"):
         load_model(tmp_path / "odd.ckpt")
 
 
