@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loops.fit_loop import _FitLoop as _LightningFitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -67,21 +68,10 @@ def fit(
             error.add_note(f"This was the first step after {checkpoint}, and may be the fault of what that holds.")
         if checkpoint is None or module.began:
             raise
-        # It was whole, and yet the states in it are not those of this trainer's parts.
-        raise RunError(
-            f"checkpoint {checkpoint} cannot be gone on from: {type(error).__name__}: {printable(error)}"
-        ) from error
+        raise _not_gone_on_from(checkpoint, error) from error
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # PyTorch says one or the other, depending on what it was waiting for when the process died.
-        if datamodule.num_workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)):
-            raise RunError(
-                f"a DataLoader worker, a process that prepares batches, has died ({error}); out of memory is the usual reason. Go on "
-                "with ckpt_path=auto; data.num_workers=0 prepares batches in the training process"
-            ) from error
-        if not isinstance(error, RuntimeError):
-            raise
-        if trainer.world_size > 1 and lost_rank(error):
-            raise RankLost(trainer.global_rank, error) from error
+        if (told := _told(error, trainer, module, datamodule, checkpoint)) is not None:
+            raise told from error
         raise
     except SystemExit:  # how Lightning ends after Ctrl-C
         kept = folder / "last.ckpt"
@@ -94,6 +84,29 @@ def fit(
     wait_for_files(trainer)
     if getattr(trainer.strategy.checkpoint_io, "failed", None):
         raise RunError(f"no room for the final checkpoint in {folder}; free some and go on with ckpt_path=auto")
+
+
+def _told(
+    error: Exception, trainer: L.Trainer, module: LanguageModel, datamodule: StreamDataModule, checkpoint: str | None
+) -> RunError | None:
+    """What an error of the machine, of another process, or of PyTorch's own loading means; None for one that speaks for itself."""
+    # PyTorch says one or the other, depending on what it was waiting for when the process died.
+    if datamodule.num_workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)):
+        return RunError(
+            f"a DataLoader worker, a process that prepares batches, has died ({error}); out of memory is the usual reason. Go on "
+            "with ckpt_path=auto; data.num_workers=0 prepares batches in the training process"
+        )
+    if not isinstance(error, RuntimeError) or isinstance(error, RunError | torch.OutOfMemoryError):
+        return None
+    if trainer.world_size > 1 and lost_rank(error):
+        return RankLost(trainer.global_rank, error)
+    return None if checkpoint is None or module.began else _not_gone_on_from(checkpoint, error)
+
+
+def _not_gone_on_from(checkpoint: str, error: Exception) -> RunError:
+    """It was whole, and yet the weights or states in it are not those of this trainer's parts."""
+    reason = printable(" ".join(str(error).split())[:1000])
+    return RunError(f"checkpoint {checkpoint} cannot be gone on from: {type(error).__name__}: {reason}")
 
 
 def _finish(trainer: L.Trainer, module: LanguageModel, path: Path, planned: int) -> None:

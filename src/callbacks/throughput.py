@@ -37,6 +37,8 @@ PEAKS = {
     "V100": 125e12,
 }
 
+MOST = 1e30  # of anything that is counted
+
 
 def peak_flops(device: torch.device) -> float | None:
     """Of a CUDA device in 16-bit products, operations per second; None where it is not known."""
@@ -96,9 +98,16 @@ class Throughput(Callback):
         return {"tokens": tokens, "seconds": seconds, "waited": waited, "operations": self._operations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse; counting goes on from there."""
-        self._before = (int(state_dict["tokens"]), float(state_dict["seconds"]), float(state_dict["waited"]))
-        self._operations = float(state_dict["operations"])
+        """The inverse; counting goes on from there.
+
+        Raises:
+            KeyError, TypeError, ValueError: it holds something else, or numbers that no run counts to.
+        """
+        counted = {name: state_dict[name] for name in ("tokens", "seconds", "waited", "operations")}
+        if odd := next((name for name, number in counted.items() if not 0 <= number < MOST), None):
+            raise ValueError(f"the state of Throughput has {odd!r} that is not from 0 to {MOST:.0e}")
+        self._before = (int(counted["tokens"]), float(counted["seconds"]), float(counted["waited"]))
+        self._operations = float(counted["operations"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learns what a token costs."""

@@ -194,8 +194,8 @@ def _check_events(text: str) -> None:
             aliases += 1
             if aliases > MOST_ALIASES:
                 raise Unreadable("too many aliases")
-        elif event.tag is not None:  # it would make a merge key, or a number, of any text
-            raise Unreadable(f"tags ({clean_text(event.tag)[:100]}) are not read")
+        elif (tag := getattr(event, "tag", None)) is not None:  # it would make a merge key, or a number, of any text
+            raise Unreadable(f"tags ({clean_text(tag)[:100]}) are not read")
         elif isinstance(event, yaml.ScalarEvent):
             _check_scalar(event, is_key)
         else:

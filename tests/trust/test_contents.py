@@ -247,6 +247,11 @@ STATES = {
     "continued from tensors": lambda c: c.update(continued=[{"step": torch.zeros(1)}]),
     "callbacks that are a number": lambda c: c["config"].update(callbacks=5),
     "a schedule that is a number": lambda c: c["config"].update(scheduler=5),
+    "a speed without end": lambda c: kept(c, "Throughput").update(tokens=10**400),
+    "a speed that is no number": lambda c: kept(c, "Throughput").update(seconds=float("nan")),
+    "time that runs backwards": lambda c: kept(c, "Throughput").update(waited=-1.0),
+    "a weight of another shape": lambda c: c["state_dict"].update({next(iter(c["state_dict"])): torch.zeros(3)}),
+    "a weight too few": lambda c: c["state_dict"].pop(next(iter(c["state_dict"]))),
     "words for a speed": lambda c: c["callbacks"].update(Throughput={"tokens": "x", "seconds": 1.0}),
 }
 
