@@ -11,6 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+# What a run writes as a file, and what as a folder; and how deep folders may lie in each other, of which a run makes some five.
+_FILES = {
+    "run.json",
+    "results.json",
+    "config.yaml",
+    "run.lock",
+    "job.lock",
+    "metrics.csv",
+    "index.html",
+    "manifest.json",
+}
+_FILES |= {
+    "wandb_run_id",
+    "mlflow_run_id",
+    *(f"{name}.log" for name in ("train", "evaluate", "report", "sweep", "output")),
+}
+_FOLDERS = {"checkpoints", "csv", ".hydra", "bad_batches"}
+_DEEPEST = 50
 PART = ".part"  # ends the name of what is being written; left behind only by a process that was killed
 
 
@@ -65,32 +83,49 @@ def put_aside(path: Path, why: str = "damaged") -> Path:
 
 
 def strange_in(folder: Path) -> str | None:
-    """What in a run's folder, at any depth, must not be written to or waited for: it may have come from elsewhere.
+    """What in a run's folder, at any depth, must not or cannot be written to, or waited for: it may have come from elsewhere.
 
     Args:
         folder: of a run; it need not exist.
 
     Returns:
-        In words, the first link that leads out of the folder, or the first pipe, socket or device; None if there is none.
+        In words, the first link that leads out of the folder, the first pipe, socket or device, the first folder in the place of a file
+        or the other way round, or the first folder that lies too deep; None if there is none.
     """
     home = os.path.realpath(folder)
-    waiting = [home] if os.path.isdir(home) else []
+    waiting = [(home, 0)] if os.path.isdir(home) else []
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                name = os.path.relpath(entry.path, home)
-                if entry.is_symlink():
-                    # A link in a circle leads nowhere, and nothing can be written through it.
-                    if os.path.commonpath([home, os.path.realpath(entry.path)]) != home:
-                        return f"{name!r} in it is a link to {os.readlink(entry.path)!r}; what is written there would be written elsewhere"
-                elif entry.is_dir():
-                    # Each record of W&B's is a new folder, never written to again, with links to its own logs in the user's cache.
-                    above = os.path.dirname(entry.path)
-                    if above == home or os.path.basename(above) != "wandb":
-                        waiting.append(entry.path)
-                elif not entry.is_file():
-                    return f"{name!r} in it is a pipe, a socket or a device, and no file"
+        above, depth = waiting.pop()
+        if depth > _DEEPEST:
+            return f"folders in it lie more than {_DEEPEST} deep in each other"
+        try:
+            with os.scandir(above) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            return f"{os.path.relpath(above, home)!r} in it cannot be looked into: {error.strerror}"
+        for entry in entries:
+            if (strange := _strange(entry, home)) is not None:
+                return f"{os.path.relpath(entry.path, home)!r} in it is {strange}"
+            # Each record of W&B's is a new folder, never written to again, with links to its own logs in the user's cache.
+            inside = not entry.is_symlink() and entry.is_dir()
+            if inside and (above == home or os.path.basename(above) != "wandb"):
+                waiting.append((entry.path, depth + 1))
     return None
+
+
+def _strange(entry: os.DirEntry[str], home: str) -> str | None:
+    if entry.is_symlink():
+        # A link in a circle leads nowhere, and nothing can be written through it.
+        if os.path.commonpath([home, os.path.realpath(entry.path)]) == home:
+            return None
+        return f"a link to {os.readlink(entry.path)!r}; what is written there would be written elsewhere"
+    if entry.is_dir():
+        of_hydra = os.path.basename(os.path.dirname(entry.path)) == ".hydra"
+        taken = entry.name in _FILES or of_hydra or entry.name.endswith(".sha256")
+        return "a folder, where a run writes a file" if taken else None
+    if not entry.is_file():
+        return "a pipe, a socket or a device, and no file"
+    return "a file, where a run writes a folder" if entry.name in _FOLDERS else None
 
 
 def leads_out(folder: Path, root: Path) -> str | None:

@@ -46,7 +46,7 @@ def inspect(path: Path) -> int:
         weights = checkpoint["state_dict"]
         rows |= {"tensors": len(weights), "numbers": f"{sum(t.numel() for t in weights.values()):,}"}
         rows["optimizer"] = "yes" if checkpoint.get("optimizer_states") else "no"
-    files = found.rglob("*") if found.is_dir() else [found]
+    files = found.iterdir() if found.is_dir() else [found]
     rows["bytes"] = f"{sum(file.stat().st_size for file in files if file.is_file()):,}"
     problem = problem_of(found, thorough=True)
     rows["whole"] = "yes" if problem is None else f"no: {problem}"

@@ -182,7 +182,10 @@ def find_checkpoint(path: Path) -> Path:
         there = newest_first(folder)
         if (whole := first_whole(there)) is not None:
             return whole
-        found = sorted(printable(file.relative_to(path)) for file in path.rglob("*.ckpt"))[:5]
+        nearby = (
+            file for depth in range(4) for file in path.glob("*/" * depth + "*.ckpt")
+        )  # whatever lies below: not for ever
+        found = sorted(printable(file.relative_to(path)) for file in nearby)[:5]
         if there:
             raise CheckpointError(f"ckpt_path={shown}: every checkpoint in it is damaged: {', '.join(found)}")
         hint = f"it holds {', '.join(found)}" if found else "it holds no .ckpt file"

@@ -26,6 +26,7 @@ UNREADABLE = "unreadable"  # of a run whose records are not what was written; th
 MOST_CURVE_BYTES = 512 << 20
 LAST_STEP = 10**15  # that a curve may have; a floating-point number still tells it from the next one
 WITHOUT_RUNS = ("checkpoints", "csv")  # folders of a run in which there are no others
+MOST_LEVELS = 50  # of folders below the one in which runs are looked for
 
 # What a run costs: numbers of results.json.
 COSTS = (
@@ -187,7 +188,7 @@ def find(root: str | Path, name: str, problems: list[tuple[str, str]] | None = N
     Args:
         root: the folder.
         name: of the files.
-        problems: gets the folders that cannot be looked into, and why.
+        problems: gets the folders that cannot be looked into, and why; one that lies too deep is one of them.
     """
 
     def refused(error: OSError) -> None:
@@ -198,6 +199,10 @@ def find(root: str | Path, name: str, problems: list[tuple[str, str]] | None = N
         if name in files or name in folders:  # a folder of that name is for the reader to refuse
             yield Path(folder) / name
         folders[:] = sorted(entry for entry in folders if entry not in WITHOUT_RUNS)
+        if folders and len(Path(folder).relative_to(root).parts) >= MOST_LEVELS:  # os.walk calls itself for each
+            folders.clear()
+            if problems is not None:
+                problems.append((clean_text(folder), f"folders more than {MOST_LEVELS} deep are not looked into"))
 
 
 def find_runs(

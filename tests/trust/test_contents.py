@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import pickle
-import shutil
 import struct
 import zipfile
 from collections import OrderedDict
@@ -14,18 +12,15 @@ import pytest
 import torch
 
 from src.callbacks.guard import replay
-from src.checkpoints import CheckpointError, load_model, read_checkpoint
+from src.checkpoints import CheckpointError, load_model
 from src.checkpoints.__main__ import main
 from src.checkpoints.contents import check_contents
 from src.checkpoints.files import problem_of
 from src.checkpoints.plain import is_filled, load_plain
-from src.checkpoints.sharded import write_shards
 from src.config import ConfigError, RunError
 from src.evaluate import evaluate
 from src.modules.optimizers import AdamW, check_loaded
-from src.train import train
-from tests.runs import TINY, compose_run, tiny_run
-from tests.runs import main as main_of
+from tests.runs import compose_run, tiny_run
 from tests.trust.watch import watched
 
 EVERY = ["callbacks.checkpoint.every_n_train_steps=1"]
@@ -496,80 +491,3 @@ def test_what_a_stranger_has_written_is_shown_as_text(trained, tmp_path, capsys)
     shown = capsys.readouterr().out + str(caught.value)
     assert "\x1b" not in shown
     assert "mine" in shown
-
-
-@pytest.mark.parametrize(
-    "name", ["checkpoints", "train.log", ".hydra", ".hydra/overrides.yaml", "csv", "without-canon/csv/metrics.csv"]
-)
-def test_links_that_lead_out_of_a_runs_folder_are_refused(tmp_path, capsys, name):
-    """Before anything is written: Hydra opens its log at once."""
-    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
-    elsewhere.mkdir()
-    (elsewhere / "mine.part").write_text("precious")
-    (run / name).parent.mkdir(parents=True)
-    (run / name).symlink_to(elsewhere if "." not in name[1:] else elsewhere / "mine.part")
-    with pytest.raises(SystemExit):
-        main_of(train, "train", *TINY, f"hydra.run.dir={run}", "ckpt_path=auto")
-    assert "is a link to" in capsys.readouterr().err
-    assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("mine.part", "precious")]
-
-
-def test_a_link_is_refused_whatever_hydra_is_told_by_flags(tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text("mine")
-    (tmp_path / "run" / ".hydra").mkdir(parents=True)
-    (tmp_path / "run" / ".hydra" / "config.yaml").symlink_to(tmp_path / "mine.yaml")
-    with pytest.raises(SystemExit):
-        main_of(train, "train", "--config-dir", str(tmp_path), *TINY, f"hydra.run.dir={tmp_path / 'run'}")
-    assert "is a link to" in capsys.readouterr().err
-    assert (tmp_path / "mine.yaml").read_text() == "mine"
-
-
-def test_the_name_of_other_results_is_no_way_out_of_the_folder(trained, tmp_path):
-    """Results of another run are kept under their hash, which somebody else may have written."""
-    run, mine = tmp_path / "run", tmp_path / "mine"
-    shutil.copytree(trained, run)
-    (run / "results-x").mkdir()
-    mine.mkdir()
-    (mine / "settings.json").write_text("mine")
-    results = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps(results | {"config_hash": "x/../../mine/settings"}))
-    tiny_run(run, *EVERY, "trainer.max_steps=6", "ckpt_path=auto")
-    assert (mine / "settings.json").read_text() == "mine"
-    assert json.loads((run / "results-other.json").read_text())["config_hash"] == "x/../../mine/settings"
-
-
-def test_nobody_waits_for_a_pipe(trained, tmp_path, capsys):
-    """In place of a log, of a checkpoint, and of the rest of a folder of shards."""
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    (run / "train.log").unlink(missing_ok=True)
-    os.mkfifo(run / "train.log")
-    with watched(tmp_path, seconds=20):
-        with pytest.raises(ConfigError, match=r"'train\.log' in it is a pipe"):
-            tiny_run(run, *EVERY, "ckpt_path=auto")
-        (run / "train.log").unlink()
-        os.mkfifo(run / "checkpoints" / "step00000009.ckpt")
-        assert main(["verify", str(run)]) in (0, 2)
-        assert load_model(run).count_parameters() > 0
-        shards = tmp_path / "shards.ckpt"
-        write_shards(read_checkpoint(trained), shards, 1)
-        (shards / "meta.pt").unlink()
-        os.mkfifo(shards / "meta.pt")
-        with pytest.raises(CheckpointError, match=r"shards\.ckpt"):
-            load_model(shards)
-
-
-def test_a_link_in_a_circle_leads_nowhere(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    (tmp_path / "run" / "loop").symlink_to("loop")
-    tiny_run(tmp_path / "run", *EVERY, "trainer.max_steps=5", "ckpt_path=auto")
-
-
-def test_a_truncated_final_checkpoint_is_named(trained, tmp_path, caplog):
-    """What cannot be opened has no step, and must not be passed over for that."""
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    final = run / "checkpoints" / "final.ckpt"
-    final.write_bytes(final.read_bytes()[:3000])
-    assert load_model(run).count_parameters() > 0
-    assert "final.ckpt is damaged" in caplog.text
