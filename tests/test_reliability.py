@@ -438,6 +438,13 @@ def kept_batch(**changes) -> dict[str, Any]:
     return {"batches": [{"tokens": tokens, "loss_mask": tokens > 2} | changes]}
 
 
+def test_steps_that_a_state_leaves_out_are_counted_before_they_are_looked_up():
+    """Numbers can all have one hash; a set of many such takes quadratic time."""
+    state = Guard("here").state_dict() | {"leave_out": [number * (2**61 - 1) for number in range(20_000)]}
+    with pytest.raises(ValueError, match="leaves out more than 16,384 steps"):
+        Guard("here").load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -74,8 +74,6 @@ LIES = {
         ("config", "again"),
         lambda: {"a" * 900: {"b" * 900: dict.fromkeys(map(str, range(20_000)))}},
     ),
-    "a pair of pairs for a name": (("config", "name"), pairs),
-    "a pair of pairs for a parameter": (("optimizer_states", 0, "param_groups", 0, "params", 0), pairs),
 }
 
 
@@ -232,7 +230,6 @@ STATES = {
     "moments that are words": lambda c: moments(c, exp_avg=lambda m: "much"),
     "many steps at once": lambda c: moments(c, step=lambda m: torch.zeros(3)),
     "parameters that are words": lambda c: group(c).update(params=["a"] * len(group(c)["params"])),
-    "steps to be left out without end": lambda c: kept(c, "Guard").update(leave_out=list(range(2**15))),
     "kept by words": lambda c: kept(c, "Checkpoints").update(best_k_models={"a": "b"}),
     "kept that are none": lambda c: kept(c, "Checkpoints").update(best_k_models=5),
     "kept under no name": lambda c: kept(c, "Checkpoints").update(last_model_path=5),

@@ -14,6 +14,8 @@ from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.checkpoints.__main__ import main
 from src.checkpoints.files import problem_of, to_resume
 from src.checkpoints.integrity import SUMS
+from src.checkpoints.optimizer_state import numbered
+from src.checkpoints.plain import load_plain
 from src.checkpoints.sharded import METADATA, checksums, read_metadata, write_shards
 from tests.runs import TINY, launch, same, tiny_run
 from tests.trust.watch import watched
@@ -189,6 +191,16 @@ def test_the_steps_of_a_description_are_counted(shards, monkeypatch, body):
     crafted(shards, body)
     with pytest.raises(CheckpointError, match=r"step00000004.*more than any description"):
         read_checkpoint(shards)
+
+
+def test_names_of_an_optimizers_parameters_are_texts_before_they_are_looked_up():
+    pair: tuple = ()
+    for _ in range(60):
+        pair = (pair, pair)
+    with pytest.raises(ValueError, match="no names of parameters"):
+        numbered({"param_groups": [{"params": [pair]}], "state": {}})
+    with pytest.raises(pickle.UnpicklingError, match="a pair of pairs"):
+        load_plain(io.BytesIO(saved([pair])))
 
 
 def test_names_in_a_description_are_short(shards):
