@@ -27,7 +27,7 @@ from src.callbacks.preemption import Preempted, wait_for_files
 from src.config import RunError
 from src.config.errors import printable
 from src.datamodules.base import StreamDataModule
-from src.modules.language_model import LanguageModel, is_due
+from src.modules.language_model import LanguageModel, is_validated
 
 log = logging.getLogger(__name__)
 
@@ -183,15 +183,10 @@ class _EpochLoop(_TrainingEpochLoop):
         """Whether the run asks for a validation after the batch that has just ended; a longer run would do the same there."""
         if self._is_within_a_step() or not self.trainer.enable_validation:
             return False
-        every, ended = self.trainer.val_check_interval, self.total_batch_idx + 1
-        if isinstance(every, int) and is_due(ended, every, self.trainer.accumulate_grad_batches):
-            return True
         trainer: Any = self.trainer
-        limit, clock = trainer.limit_train_batches, trainer._val_check_time_interval
-        # The last batch that there is is no end of an epoch: the stream is cut after the planned steps.
-        over = isinstance(limit, int) and (self.batch_idx + 1) % limit == 0
+        clock = trainer._val_check_time_interval
         late = clock is not None and time.monotonic() - trainer._last_val_time >= clock
-        return self._should_check_val_epoch() and (over or late)
+        return late or is_validated(trainer, self.total_batch_idx + 1)
 
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
         """The last step of all is validated too, whatever ``val_check_interval`` says, as is the one after which a callback stops."""
@@ -201,10 +196,7 @@ class _EpochLoop(_TrainingEpochLoop):
             return False
         stopped = self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
         if stopped or self.global_step >= self.trainer.max_steps > 0 or self._is_last_epoch():
-            # Should the run go on after all, then as if nobody had looked.
-            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-            stopping = {c.state_key: c.state_dict() for c in callbacks if isinstance(c, EarlyStopping)}
-            self.trainer.lightning_module.states_before_extra = stopping  # type: ignore[union-attr]
+            self.trainer.lightning_module.note_extra_validation()  # type: ignore[operator, union-attr]
             return True
         return False
 

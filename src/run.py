@@ -183,9 +183,8 @@ def _run(
     if opened is not None and plain["train"]:
         module.continued_here = continued_from(opened, plain)
     recorded.begin()
-    chosen = (
-        plain["ckpt_path"] != "auto" or leave_out
-    )  # else it is the newest whole one, and only damaged ones come after it
+    # With auto it is the newest whole one, and only damaged ones come after it.
+    chosen = plain["ckpt_path"] != "auto" or leave_out
     if opened is not None and plain["train"] and not over and chosen and _is_in(str(checkpoint), output_dir):
         rank_zero_only(put_later_aside)(output_dir / "checkpoints", opened["global_step"])
     introduce(plain, net, datamodule, output_dir)
@@ -193,6 +192,36 @@ def _run(
     started = time.perf_counter()
     if plain["train"] and not over:
         fit(trainer, module, datamodule, checkpoint, output_dir, planned=plain["trainer"]["max_steps"])
+    metrics = score(trainer, module, datamodule, plain, checkpoint, opened, over)
+    steps = opened["global_step"] if opened is not None and (over or not plain["train"]) else trainer.global_step
+    if plain["train"] and module.validated_step in (None, steps):  # None: of an older version's checkpoint
+        metrics |= module.validated
+    result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
+    seconds = time.perf_counter() - started + (module.seconds_before if plain["train"] else 0.0)
+    record(output_dir, plain["name"], identity, steps, module, datamodule, trainer, result, seconds)
+    return result
+
+
+def score(
+    trainer: L.Trainer,
+    module: LanguageModel,
+    datamodule: StreamDataModule,
+    plain: dict[str, Any],
+    checkpoint: str | None,
+    opened: dict[str, Any] | None,
+    over: bool,
+) -> dict[str, Any]:
+    """Test metrics, where a test is asked for; afterwards the module knows a validation of the same weights.
+
+    Args:
+        trainer: that has trained them, or will not.
+        module: the model.
+        datamodule: its data.
+        plain: the run's configuration.
+        checkpoint: that the run goes on from.
+        opened: what it holds besides tensors.
+        over: its training is over: its own weights are tested.
+    """
     metrics: dict[str, Any] = {}
     if plain["test"]:
         weights = checkpoint if over or not plain["train"] else None
@@ -204,19 +233,10 @@ def _run(
         module.on_load_checkpoint(read_checkpoint(str(checkpoint), tensors="none"))
     if over and opened is not None:
         recall_speed(trainer, opened)
-    if over and opened is not None and is_scored_otherwise(opened, plain):
-        trainer.validate(module, datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
-        module.validated_step = opened["global_step"]
-    steps = opened["global_step"] if opened is not None and (over or not plain["train"]) else trainer.global_step
-    if plain["train"] and module.validated_step in (
-        None,
-        steps,
-    ):  # of these weights, or of an older version's checkpoint
-        metrics |= module.validated
-    result = {name: float(value) for name, value in metrics.items() if not name.startswith("train/")}
-    seconds = time.perf_counter() - started + (module.seconds_before if plain["train"] else 0.0)
-    record(output_dir, plain["name"], identity, steps, module, datamodule, trainer, result, seconds)
-    return result
+        if is_scored_otherwise(opened, plain):
+            trainer.validate(module, datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+            module.validated_step = opened["global_step"]
+    return metrics
 
 
 def recall_speed(trainer: L.Trainer, opened: dict[str, Any]) -> None:

@@ -135,7 +135,9 @@ def _check_optimizers(checkpoint: dict[str, Any]) -> None:
             if not isinstance(names, list) or not all(type(name) is int and 0 <= name < MOST_PARTS for name in names):
                 raise ValueError("the 'params' of an optimizer are no numbers of parameters")
             for key in ("lr", "weight_decay", "eps"):
-                if key in group and type(group[key]) not in (int, float):
+                numbers = group.get(key, 0)
+                numbers = numbers if isinstance(numbers, tuple | list) else [numbers]  # Adafactor has two eps
+                if not all(type(number) in (int, float, type(None)) for number in numbers):
                     raise ValueError(f"an optimizer's {key!r} is a {type(group[key]).__name__}")
 
 
@@ -162,8 +164,6 @@ def _check_measured(checkpoint: dict[str, Any]) -> None:
     metrics, counts = validated.get("metrics"), validated.get("counts")
     if type(validated.get("step")) not in (int, type(None)):
         raise ValueError("its 'validated' is of a 'step' that is no number")
-    if not isinstance(validated.get("due"), bool | None):
-        raise ValueError("its 'validated' is 'due' as neither true nor false")
     if not isinstance(metrics, dict) or not isinstance(counts, dict):
         raise ValueError("its 'validated' has no 'metrics' and 'counts'")
     for numbers in (metrics, checkpoint.get("pending_metrics") or {}):

@@ -41,9 +41,9 @@ MAY_DIFFER = (
     # What is done about a bad step is decided when there is one.
     "callbacks.guard",
 )
-# What a callback that ends training by a validation's metric depends on.
-_VALIDATED = ("trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.limit_val_batches")
-_VALIDATED += ("data.val_windows", "data.val_answers")
+# What a callback that ends training by a validation's metric depends on: what is read, and after which steps.
+_VALIDATED = ("trainer.limit_val_batches", "data.val_windows", "data.val_answers")
+_INTERVALS = ("val_check_interval", "check_val_every_n_epoch", "limit_train_batches", "accumulate_grad_batches")
 # What ends training; a run that was over under other values of these may have more to do.
 ENDS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.limit_train_batches", "callbacks")
 # What decides about the outcome of an evaluation besides the weights.
@@ -81,6 +81,8 @@ def check_same_run(
     free = {key for key in differing if _is_under(key, MAY_DIFFER)}
     if _stops_by_validation(plain):
         free -= {key for key in differing if _is_under(key, _VALIDATED)}
+        if _validation_steps(checkpoint["config"]) != _validation_steps(plain):
+            free -= {f"trainer.{key}" for key in _INTERVALS}
     if over or _has_skipped(checkpoint):  # a guard that has left out updates has left its mark on the weights
         free -= {key for key in differing if _is_under(key, ("callbacks",))}
     if over:
@@ -106,6 +108,13 @@ def _stops_by_validation(plain: dict[str, Any]) -> bool:
     """Whether there is a callback that counts (``config/identity.py``) and looks at a metric of the validation set."""
     callbacks = computed(plain).get("callbacks", {}).values()
     return any(str((node or {}).get("monitor")).startswith("val/") for node in callbacks)
+
+
+def _validation_steps(plain: dict[str, Any]) -> tuple[Any, ...]:
+    """Every how many optimizer steps, or epochs of how many, a run is validated: intervals count micro-batches."""
+    every, epochs, limit, micro = (plain["trainer"].get(key) for key in _INTERVALS)
+    numbers = [x / (micro or 1) if isinstance(x, int) and isinstance(micro, int | None) else x for x in (every, limit)]
+    return (*numbers, epochs)
 
 
 def _has_skipped(checkpoint: dict[str, Any]) -> bool:

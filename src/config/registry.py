@@ -29,12 +29,15 @@ from src.config.errors import ConfigError, suggest
 class Family(NamedTuple):
     """Public classes below ``package`` that derive from ``base``; the dotted name of a class stands for itself and what derives from it.
 
-    ``names``: only these of them, where a package has others that would make what a run says of itself untrue.
+    Args:
+        names: only these of them, where a package has others that a run could not deal with.
+        why: what the others do.
     """
 
     package: str
     base: str
     names: frozenset[str] | None = None
+    why: str = ""
 
 
 class Section(NamedTuple):
@@ -91,6 +94,15 @@ _OF_LIGHTNING = frozenset(
     }
 )
 
+_BEHIND_THE_RUN = "it changes weights, steps or batches without the run knowing of it"
+# Not LBFGS, which computes a step's loss again and again, and SparseAdam.
+_OF_TORCH = frozenset(
+    {
+        *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop"),
+        *("Rprop", "SGD"),
+    }
+)
+
 SECTIONS = {
     "model": Section(("src.components.backbone.Backbone",), _MODEL),
     "canon": Section(("src.components.canon.CanonConfig",), _MODEL),
@@ -99,7 +111,12 @@ SECTIONS = {
     "data.task": Section(("src.datamodules.tasks.Task",), _DATA),
     "optimizer": Section(
         ("torch.optim.Optimizer",),
-        (Family("src.modules.optimizers", "torch.optim.Optimizer"), Family("torch.optim", "torch.optim.Optimizer")),
+        (
+            Family("src.modules.optimizers", "torch.optim.Optimizer"),
+            Family(
+                "torch.optim", "torch.optim.Optimizer", _OF_TORCH, "it wants other steps or gradients than a run has"
+            ),
+        ),
         partial=True,
     ),
     "scheduler": Section(
@@ -113,7 +130,7 @@ SECTIONS = {
         ("lightning.Callback",),
         (
             Family("src.callbacks", "lightning.Callback"),
-            Family("lightning.pytorch.callbacks", "lightning.Callback", _OF_LIGHTNING),
+            Family("lightning.pytorch.callbacks", "lightning.Callback", _OF_LIGHTNING, _BEHIND_THE_RUN),
         ),
         named=True,
     ),
@@ -180,8 +197,7 @@ def class_of(target: Any, where: str, section: Section) -> type[Any]:
     except AttributeError:
         raise ConfigError(f"{said} does not exist; {suggest(name, _classes_in(module_name, families))}") from None
     if not _belongs(found, families):
-        left_out = any(_belongs(found, [f._replace(names=None)]) for f in families)
-        why = ", it changes weights, steps or batches without the run knowing of it" if left_out else ""
+        why = next((f", {f.why}" for f in families if f.names and _belongs(found, [f._replace(names=None)])), "")
         raise ConfigError(f"{said} may not be built here{why}; {suggest(name, _classes_in(module_name, families))}")
     return found
 

@@ -28,9 +28,6 @@ from src.modules.optimizers import check_loaded
 from src.modules.parallel import lay_out
 from src.reporting.csv_log import CSVLog
 
-# Of the trainer, what decides after which batches a run is validated.
-_VALIDATES = ("val_check_interval", "check_val_every_n_epoch", "limit_train_batches", "accumulate_grad_batches")
-
 
 def is_log_step(trainer: Any, step: int) -> bool:
     """Whether metrics of the ``step``-th optimizer step (counted from 1) are logged."""
@@ -40,6 +37,18 @@ def is_log_step(trainer: Any, step: int) -> bool:
 def is_due(batches: int, every: int, micro: int) -> bool:
     """Whether a validation every so many batches falls due in the optimizer step that has just ended, of ``micro`` batches."""
     return batches // every > (batches - micro) // every
+
+
+def is_validated(trainer: Any, batches: int) -> bool:
+    """Whether the configuration asks for a validation after so many batches, each of which ends an optimizer step.
+
+    A function of nothing else, so that a run that goes on knows what the straight run has done. The last batch that there is, without
+    ``limit_train_batches``, is no end of an epoch: the stream is cut after the planned steps.
+    """
+    every, limit, epochs = trainer.val_check_interval, trainer.limit_train_batches, trainer.check_val_every_n_epoch
+    if isinstance(every, int) and is_due(batches, every, trainer.accumulate_grad_batches):
+        return True
+    return isinstance(limit, int) and batches % limit == 0 and (epochs is None or batches // limit % epochs == 0)
 
 
 class LanguageModel(L.LightningModule):
@@ -92,8 +101,6 @@ class LanguageModel(L.LightningModule):
         # What the latest validation has found; a resumed run may have ended before the next.
         self.validated: dict[str, float] = {}
         self.validated_step: int | None = None  # of whose weights; None where that is not known
-        # Whether the step of the checkpoint that this run goes on from was to be validated, where the checkpoint says so for this run.
-        self._was_due: bool | None = None
         # States of callbacks before a validation that no longer run would have had: after the last step.
         self.states_before_extra: dict[str, Any] = {}
         # What shorter runs this one has been continued from: step and planned steps.
@@ -302,8 +309,7 @@ class LanguageModel(L.LightningModule):
         checkpoint["data"] = datamodule.fingerprint() if datamodule is not None else None
         checkpoint["pending_metrics"] = self._pending_metrics()
         counts = {name: pair for name, pair in self.counts.items() if name.startswith("val/")}
-        due = getattr(self.trainer.fit_loop.epoch_loop, "falls_due", lambda: None)()
-        checkpoint["validated"] = {"metrics": self.validated, "counts": counts, "step": self.validated_step, "due": due}
+        checkpoint["validated"] = {"metrics": self.validated, "counts": counts, "step": self.validated_step}
         checkpoint.setdefault("callbacks", {}).update(self.states_before_extra)
         checkpoint["continued"] = self.continued
         # Among how many processes batches are divided: limits on evaluation batches count those of each.
@@ -338,8 +344,6 @@ class LanguageModel(L.LightningModule):
         validated: dict[str, Any] = checkpoint.get("validated") or {"metrics": {}, "counts": {}}
         self.validated, self.counts = dict(validated["metrics"]), dict(validated["counts"])
         self.validated_step = validated.get("step")
-        then, now = (config.get("trainer") or {} for config in (checkpoint["config"], self.config))
-        self._was_due = validated.get("due") if all(then.get(key) == now.get(key) for key in _VALIDATES) else None
         self.continued = [*(checkpoint.get("continued") or []), *self.continued_here]
 
     def on_train_start(self) -> None:
@@ -364,12 +368,10 @@ class LanguageModel(L.LightningModule):
             logger.go_on_from(step + 1)
             if metrics and not logger.has(step, "train/loss"):
                 logger.log_metrics(metrics | {"epoch": self._epoch}, step=step)
-        every = trainer.val_check_interval
-        micro = trainer.accumulate_grad_batches
-        due = self._was_due
-        if due is None:  # validations fall due otherwise than before
-            due = isinstance(every, int) and is_due((step + 1) * micro, every, micro)
-        due = due or step + 1 == trainer.max_steps
+        due = is_validated(trainer, (step + 1) * trainer.accumulate_grad_batches)
+        if not due and step + 1 == trainer.max_steps:
+            self.note_extra_validation()
+            due = True
         # What callbacks that keep the best checkpoint or stop early were told after this one was written, they have forgotten.
         missing = bool(logs) and not any(logger.has(step, "val/loss") for logger in logs)
         missing = trainer.strategy.broadcast(missing or self.validated_step != step + 1)
@@ -386,8 +388,17 @@ class LanguageModel(L.LightningModule):
             trainer.training = True
         self._end_the_epoch_that_was_over()
         # That training was to end is in no state of a trainer.
-        stopping = [c for c in self.trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
-        trainer.should_stop = trainer.should_stop or any(c.wait_count >= c.patience for c in stopping)
+        stopped = any(c.stopping_reason_message is not None for c in self._early_stopping)
+        trainer.should_stop = trainer.should_stop or stopped
+
+    @property
+    def _early_stopping(self) -> list[EarlyStopping]:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
+
+    def note_extra_validation(self) -> None:
+        """A validation follows that a longer run would not have had: checkpoints keep what early stopping has known before it."""
+        self.states_before_extra = {c.state_key: c.state_dict() for c in self._early_stopping}
 
     def _end_the_epoch_that_was_over(self) -> None:
         """Callbacks are told of the end of an epoch whose last step a checkpoint holds: Lightning goes on behind it."""

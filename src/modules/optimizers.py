@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+_SCALARS = ("step", "mu_product", "eta", "mu")  # one number a parameter: of all, of NAdam, of ASGD
 _REDUCED = ("row_var", "col_var", "variance")  # of Adafactor, which keeps sums over rows and columns
 
 
@@ -36,7 +37,7 @@ def check_loaded(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             right = (value is None and name == "momentum_buffer") or (
                 isinstance(value, Tensor)
                 and number in of
-                and (value.ndim == 0 if name == "step" else name in _REDUCED or value.shape == of[number].shape)
+                and (value.ndim == 0 if name in _SCALARS else name in _REDUCED or value.shape == of[number].shape)
             )
             if not right and not (name == "step" and type(value) in (int, float)):
                 raise ValueError(f"the optimizer's {str(name)[:50]!r} is not of the shape of its parameter")
