@@ -27,6 +27,7 @@ _FILES |= {
     "mlflow_run_id",
     *(f"{name}.log" for name in ("train", "evaluate", "report", "sweep", "output")),
 }
+_FILES_OF_SWEEPS = {"job.lock", "output.log"}  # in a job's folder, besides what the job itself writes
 _FOLDERS = {"checkpoints", "csv", ".hydra", "bad_batches"}
 _DEEPEST = 50
 PART = ".part"  # ends the name of what is being written; left behind only by a process that was killed
@@ -82,11 +83,12 @@ def put_aside(path: Path, why: str = "damaged") -> Path:
     return path.rename(aside)
 
 
-def strange_in(folder: Path) -> str | None:
+def strange_in(folder: Path, *, of_job: bool = False) -> str | None:
     """What in a run's folder, at any depth, must not or cannot be written to, or waited for: it may have come from elsewhere.
 
     Args:
         folder: of a run; it need not exist.
+        of_job: of a sweep, which goes on with other jobs where this one finds a folder in the place of one of its files.
 
     Returns:
         In words, the first link that leads out of the folder, the first pipe, socket or device, the first folder in the place of a file
@@ -104,7 +106,7 @@ def strange_in(folder: Path) -> str | None:
         except OSError as error:
             return f"{os.path.relpath(above, home)!r} in it cannot be looked into: {error.strerror}"
         for entry in entries:
-            if (strange := _strange(entry, home)) is not None:
+            if (strange := _strange(entry, home, of_job)) is not None:
                 return f"{os.path.relpath(entry.path, home)!r} in it is {strange}"
             # Each record of W&B's is a new folder, never written to again, with links to its own logs in the user's cache.
             inside = not entry.is_symlink() and entry.is_dir()
@@ -113,7 +115,7 @@ def strange_in(folder: Path) -> str | None:
     return None
 
 
-def _strange(entry: os.DirEntry[str], home: str) -> str | None:
+def _strange(entry: os.DirEntry[str], home: str, of_job: bool) -> str | None:
     if entry.is_symlink():
         # A link in a circle leads nowhere, and nothing can be written through it.
         if os.path.commonpath([home, os.path.realpath(entry.path)]) == home:
@@ -122,10 +124,11 @@ def _strange(entry: os.DirEntry[str], home: str) -> str | None:
     if entry.is_dir():
         of_hydra = os.path.basename(os.path.dirname(entry.path)) == ".hydra"
         taken = entry.name in _FILES or of_hydra or entry.name.endswith(".sha256")
+        taken = entry.name in _FILES_OF_SWEEPS if of_job else taken
         return "a folder, where a run writes a file" if taken else None
     if not entry.is_file():
         return "a pipe, a socket or a device, and no file"
-    return "a file, where a run writes a folder" if entry.name in _FOLDERS else None
+    return "a file, where a run writes a folder" if entry.name in _FOLDERS and not of_job else None
 
 
 def leads_out(folder: Path, root: Path) -> str | None:

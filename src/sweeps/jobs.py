@@ -64,7 +64,7 @@ def lock_of(job: Job, root: Path) -> Lock:
         ConfigError: the folder, or something in it, leads elsewhere: whatever the job writes would be written there.
     """
     folder = job.folder(root)
-    strange = f"it is a link to {str(folder.readlink())!r}" if folder.is_symlink() else strange_in(folder)
+    strange = f"it is a link to {str(folder.readlink())!r}" if folder.is_symlink() else strange_in(folder, of_job=True)
     if strange is not None:
         raise ConfigError(f"{folder}: {strange}. Remove it, or choose another jobs_dir=")
     return Lock(folder)
