@@ -19,6 +19,7 @@ from omegaconf import DictConfig  # noqa: E402
 
 from src.build import CONFIG_DIR  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
+from src.config.errors import printable  # noqa: E402
 from src.entry import entrypoint, fail  # noqa: E402
 from src.files import leads_out  # noqa: E402
 from src.overrides import as_override, quoted  # noqa: E402
@@ -40,6 +41,9 @@ def sweep(config: DictConfig) -> None:
     check_values(plain)
     launcher = instantiate(plain["launcher"], "launcher")
     described = read(plain, str(name))
+    for key, folder in (("paths.output_dir", plain["paths"]["output_dir"]), ("jobs_dir", plain["jobs_dir"])):
+        if (strange := leads_out(Path(folder), Path(plain["paths"]["log_dir"]))) is not None:
+            raise ConfigError(f"{key}={folder}: {strange}. Remove it, or choose another folder")
     if isinstance(described, Search):
         search(described, plain, launcher)
         return
@@ -48,9 +52,6 @@ def sweep(config: DictConfig) -> None:
     with Telling() as told:
         jobs, root = planned.jobs(told), Path(plain["jobs_dir"])
         expected = estimates(jobs, root, told)
-    for key, folder in (("paths.output_dir", plain["paths"]["output_dir"]), ("jobs_dir", plain["jobs_dir"])):
-        if (strange := leads_out(Path(folder), Path(plain["paths"]["log_dir"]))) is not None:
-            raise ConfigError(f"{key}={folder}: {strange}. Remove it, or choose another folder")
     command, changes = command_of(plain, str(name), scale)
     # A trial with other values does not take the place of the sweep itself.
     manifest = Path(plain["paths"]["output_dir"]) / changes / "manifest.json"
@@ -164,7 +165,7 @@ def search(described: Search, plain: dict[str, Any], launcher: Any) -> None:
     chosen = " ".join(
         f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in best.params.items()
     )
-    print(f"best {described.metric} {best.value:.4f}: {chosen}\nall trials: {path}")
+    print(f"best {described.metric} {best.value:.4f}: {printable(chosen)}\nall trials: {path}")
 
 
 def conclude(manifest: Path, jobs: list[Job], root: Path, report: bool) -> None:

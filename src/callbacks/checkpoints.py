@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ class Checkpoints(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
         return self._last_checkpoint_saved or None
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """The time that it takes is none of training's (``callbacks/throughput.py``)."""
+        began = time.perf_counter()
+        super()._save_checkpoint(trainer, filepath)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "do_not_count"):
+                callback.do_not_count(time.perf_counter() - began)
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
         # What a checkpoint says of files to be removed may come from elsewhere: only checkpoints, by their names, in this very folder.

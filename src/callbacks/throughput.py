@@ -155,6 +155,11 @@ class Throughput(Callback):
         """Stops the clock."""
         self._stop()
 
+    def do_not_count(self, seconds: float) -> None:
+        """Leaves out time that has just passed."""
+        self.started += seconds if self.started else 0.0
+        self.ended += seconds if self.ended else 0.0
+
     def _stop(self) -> None:
         if self.started:
             self.seconds += time.perf_counter() - self.started

@@ -166,7 +166,10 @@ def _check_measured(checkpoint: dict[str, Any]) -> None:
         raise ValueError("its 'validated' is of a 'step' that is no number")
     if not isinstance(metrics, dict) or not isinstance(counts, dict):
         raise ValueError("its 'validated' has no 'metrics' and 'counts'")
-    for numbers in (metrics, checkpoint.get("pending_metrics") or {}):
+    trained = validated.get("train") or {}
+    if not isinstance(trained, dict):
+        raise ValueError("its 'validated' has no metrics of training by name")
+    for numbers in (metrics, trained, checkpoint.get("pending_metrics") or {}):
         for name, value in numbers.items():
             if not isinstance(name, str) or not name.isprintable() or type(value) not in (int, float):
                 raise ValueError(f"{str(name)[:100]!r} among its metrics is no number by name")

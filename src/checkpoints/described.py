@@ -10,6 +10,7 @@ from src.build import model_from_config
 from src.checkpoints.integrity import PREFIX
 from src.components.backbone import Backbone
 
+_OF_A_BLOCK = 3  # tensors that the smallest block has at least: a norm, and what leads into a mixer and out of it
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -21,8 +22,11 @@ def described_model(checkpoint: dict[str, Any]) -> Backbone:
         Exception: whatever a constructor says of arguments that make no sense.
     """
     weights, depth = weights_of(checkpoint), checkpoint["config"]["model"].get("depth")
-    if isinstance(depth, int | float) and depth > len(weights):  # before a million blocks are built
-        raise ValueError(f"model.depth={depth:,}, but it holds {len(weights)} tensors")
+    # Before a million blocks are built: names cost next to nothing, numbers of their own do not.
+    own = [weight for name, weight in weights.items() if name.startswith("blocks.")]
+    most = min(len(own), len({w.untyped_storage().data_ptr() for w in own if not w.is_meta}) or len(own)) // _OF_A_BLOCK
+    if isinstance(depth, int | float) and depth > most:
+        raise ValueError(f"model.depth={depth:,}, but its tensors are those of at most {most:,} blocks")
     return model_from_config(checkpoint["config"]["model"], device="meta")
 
 

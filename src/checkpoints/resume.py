@@ -79,7 +79,7 @@ def check_same_run(
         )
     differing = differences(checkpoint["config"], plain)
     free = {key for key in differing if _is_under(key, MAY_DIFFER)}
-    if _stops_by_validation(plain):
+    if _listens(plain):
         free -= {key for key in differing if _is_under(key, _VALIDATED)}
         if _validation_steps(checkpoint["config"]) != _validation_steps(plain):
             free -= {f"trainer.{key}" for key in _INTERVALS}
@@ -104,10 +104,9 @@ def check_same_run(
         )
 
 
-def _stops_by_validation(plain: dict[str, Any]) -> bool:
-    """Whether there is a callback that counts (``config/identity.py``) and looks at a metric of the validation set."""
-    callbacks = computed(plain).get("callbacks", {}).values()
-    return any(str((node or {}).get("monitor")).startswith("val/") for node in callbacks)
+def _listens(plain: dict[str, Any]) -> bool:
+    """Whether there is a callback that counts (``config/identity.py``) and looks at a metric: it does so when the run is validated."""
+    return any((node or {}).get("monitor") for node in computed(plain).get("callbacks", {}).values())
 
 
 def _validation_steps(plain: dict[str, Any]) -> tuple[Any, ...]:

@@ -195,7 +195,9 @@ def by_name(optimizer: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, 
     """
     try:
         net = described_model(checkpoint)
-        built = instantiate(checkpoint["config"]["optimizer"] | {"fused": False}, "optimizer")(net.named_parameters())
+        section = checkpoint["config"]["optimizer"]
+        section = section | ({"fused": False} if "fused" in section else {})
+        built = instantiate(section, "optimizer")(net.named_parameters())
         return named(optimizer, ((PREFIX + name, parameter) for name, parameter in net.named_parameters()), built)
     except (
         Exception

@@ -114,6 +114,7 @@ class LanguageModel(L.LightningModule):
         self._configured = False
         self._step_metrics: list[dict[str, Tensor]] = []
         self._loss_of_step = torch.zeros(())
+        self._trained: dict[str, float] = {}
         self._unwritten: tuple[int, dict[str, float]] = (-1, {})
         self._epoch = 0
         # Wall time that earlier attempts had taken up to the checkpoint that this one goes on from.
@@ -310,6 +311,9 @@ class LanguageModel(L.LightningModule):
         checkpoint["pending_metrics"] = self._pending_metrics()
         counts = {name: pair for name, pair in self.counts.items() if name.startswith("val/")}
         checkpoint["validated"] = {"metrics": self.validated, "counts": counts, "step": self.validated_step}
+        # What callbacks would find of training, should they look at it in a validation that is to be made up for.
+        logged = self.trainer.callback_metrics.items()
+        checkpoint["validated"]["train"] = {name: float(x) for name, x in logged if name.startswith("train/")}
         checkpoint.setdefault("callbacks", {}).update(self.states_before_extra)
         checkpoint["continued"] = self.continued
         # Among how many processes batches are divided: limits on evaluation batches count those of each.
@@ -344,6 +348,7 @@ class LanguageModel(L.LightningModule):
         validated: dict[str, Any] = checkpoint.get("validated") or {"metrics": {}, "counts": {}}
         self.validated, self.counts = dict(validated["metrics"]), dict(validated["counts"])
         self.validated_step = validated.get("step")
+        self._trained = dict(validated.get("train") or {})
         self.continued = [*(checkpoint.get("continued") or []), *self.continued_here]
 
     def on_train_start(self) -> None:
@@ -377,6 +382,7 @@ class LanguageModel(L.LightningModule):
         missing = trainer.strategy.broadcast(missing or self.validated_step != step + 1)
         if due and missing and trainer.enable_validation:
             # Lightning takes a checkpoint before the validation of its step, and does not come back to it.
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._trained.items()})
             trainer.validating = True
             validation = trainer.fit_loop.epoch_loop.val_loop
             validation.restarting = False  # or it would leave out as many batches as an earlier validation had read

@@ -10,6 +10,9 @@ from src.reporting.sections import strip
 from src.reporting.tables import Line, SweepTables, of_row
 from src.reporting.wording import compact, identity, interval, known, metric_words, scored, short_settings
 
+# How the questions of the test set are taken from the data, besides what the data themselves are.
+_ASKED = ("window", "isolate", "test_windows", "test_answers")
+
 Key = tuple[str, str, str]  # task, metric, parameters of the data
 
 
@@ -30,6 +33,8 @@ def leaderboards(
         for (row, variant), cell in tables.cells.items():
             runs = tables.runs_of(cell)
             data = {key: value for key, value in (runs[0].results.get("data") or {}).items() if key != "seed"}
+            taken = tables.sweep.taken[row.task, variant]
+            data |= {key: " or ".join(sorted(taken[key])) for key in _ASKED if key in taken}
             key = (row.task, cell.metric, json.dumps(data, sort_keys=True))
             line = of_row(tables.scores, row, variant)[0] | {
                 "sweep": identity(tables.sweep),

@@ -37,11 +37,11 @@ def data_name(section: dict[str, Any]) -> str:
 
 
 def taken_by(jobs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, set[str]]]:
-    """How the jobs of each task and variant of a manifest take their data: values, as texts, by key."""
+    """How the jobs of each task and variant of a manifest take their data: values, as texts, by key; under "" what names the data."""
     found: dict[tuple[str, str], dict[str, set[str]]] = {}
     for job in jobs:
         values = found.setdefault((job["task"], job["variant"]), {})
-        for key, value in (job.get("taking") or {}).items():
+        for key, value in ((job.get("taking") or {}) | {"": job.get("data")}).items():
             values.setdefault(key, set()).add(f"{value}"[:80])
     return found
 
@@ -52,7 +52,8 @@ def remarks_on_taking(sides: list[dict[str, set[str]]]) -> list[str]:
     Args:
         sides: of ``taken_by``.
     """
-    words = []
+    # Which data are asked for is known by a name only.
+    words = ["what they ask for as data"] if sides[0].get("") != sides[1].get("") else []
     for key in _TAKING:
         values = [" or ".join(sorted(side.get(key, ()))) or "none" for side in sides]
         if len(set(values)) > 1:

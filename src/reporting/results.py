@@ -244,8 +244,13 @@ class SweepResults:
         return [self._cell(rows) for rows in _by_cell(self.rows) if any(row["value"] is not None for row in rows)]
 
     @cached_property
-    def _taken(self) -> dict[tuple[str, str], dict[str, set[str]]]:
+    def taken(self) -> dict[tuple[str, str], dict[str, set[str]]]:
+        """See ``manifest.taken_by``."""
         return defaultdict(dict, taken_by(self.plan["jobs"]))
+
+    def remarks_on_data(self, task: str, better: str, than: str) -> list[str]:
+        """What must be known of a comparison of two variants that do not take the same data alike."""
+        return remarks_on_taking([self.taken[task, name] for name in (better, than)])
 
     @cached_property
     def _cells_of(self) -> dict[tuple[str, str], list[Cell]]:
@@ -349,7 +354,7 @@ class SweepResults:
             if remark not in remarks_on_code(cell.code)
         ]
         remarks += remarks_on_code(sum((cell.code for side in sides for cell in side), Counter()))
-        remarks += remarks_on_taking([self._taken[task, name] for name in (statement.better, statement.than)])
+        remarks += self.remarks_on_data(task, statement.better, statement.than)
         if all(sides):
             found = compare(*sides)
             best = _best_difference(*sides)

@@ -314,6 +314,7 @@ class Section:
                     "p": p_value(line["p_value"]),
                     "holm": p_value(line["p_holm"]),
                     "strip": strip(line, of_task, "difference", "student_low", "student_high", zero=True),
+                    "remarks": _sentence(line["remarks"]),
                 }
                 | self.where(line["task"])
             )

@@ -101,15 +101,17 @@ class SweepTables:
         """The finished runs of a cell at its best learning rate, by seed."""
         return [self.runs[cell.folders[f"{cell.rate}/{seed}"]] for seed in sorted(cell.by_seed)]
 
-    def chance(self, row: Row, metric: str | None = None) -> float | None:
-        """What guessing scores on a row, if a finished run says so."""
+    def chance(self, row: Row, variant: str | None = None, metric: str | None = None) -> float | None:
+        """What guessing scores on a row, if finished runs say so: of a variant, or of all of them where it is the same."""
         name = (metric or self.sweep.plan["metrics"][row.task]).partition("/")[2]
-        for variant in self.variants:
-            if (row, variant) in self.cells:
-                for run in self.runs_of(self.cells[row, variant]):
-                    if (found := (run.results.get("chance") or {}).get(name)) is not None:
-                        return float(found)
-        return None
+        cells = [self.cells.get((row, known)) for known in (self.variants if variant is None else [variant])]
+        found = {
+            float(level)
+            for cell in cells
+            for run in (self.runs_of(cell) if cell else [])
+            if (level := (run.results.get("chance") or {}).get(name)) is not None
+        }
+        return found.pop() if len(found) == 1 else None
 
     @cached_property
     def scores(self) -> Table:
@@ -141,7 +143,7 @@ class SweepTables:
             "runs": sum(job["value"] is not None for job in jobs),
             "planned": len(jobs),
             "unfinished": ", ".join(f"{count} {status}" for status, count in left.items()),
-            "chance": self.chance(row),
+            "chance": self.chance(row, variant),
             "remarks": "; ".join(cell.remarks) if cell else "",
         } | {key: cell.costs.get(key) if cell else None for key in COSTS}
 
@@ -222,7 +224,7 @@ class SweepTables:
             found += [
                 {"task": row.task, "setting": row.setting, "variant": variant, "group": group, "number": level}
                 | {"mean": fmean(scores), "low": min(scores), "high": max(scores)}
-                | {"seeds": len(scores), "chance": self.chance(row, metric)}
+                | {"seeds": len(scores), "chance": self.chance(row, variant, metric)}
                 for (group, level, metric), scores in sorted(values.items())
             ]
         return found
@@ -256,7 +258,8 @@ class SweepTables:
             for than, better in combinations(self.variants, 2):
                 if difference := compare(of[better], of[than]):
                     head = {"task": task, "metric": self.sweep.plan["metrics"][task], "first": better, "second": than}
-                    pairs.append(head | numbers_of(difference))
+                    remarks = {"remarks": "; ".join(self.sweep.remarks_on_data(task, better, than))}
+                    pairs.append(head | numbers_of(difference) | remarks)
             adjusted = holm([pair["p_value"] for pair in pairs]) if pairs else []
             found += [pair | {"p_holm": float(p)} for pair, p in zip(pairs, adjusted, strict=True)]
         return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import re
 import subprocess
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from typing import Any, Literal
 from src.build import check_measured, compose_config
 from src.config import ConfigError, config_hash, to_plain
 from src.evaluation.evaluators import lower_is_better
-from src.files import Lock
+from src.files import Lock, strange_in
 from src.reporting.git import code_of, remarks_on_code
 from src.reporting.registry import Run
 from src.sweeps.jobs import expected_data, is_finished, lock_of
@@ -133,7 +134,7 @@ class Search:
         try:
             import optuna
             from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
+            from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
         except ImportError as error:
             raise ConfigError("a search needs Optuna: pip install optuna") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -144,7 +145,14 @@ class Search:
             "hyperband": optuna.pruners.HyperbandPruner,
             "none": optuna.pruners.NopPruner,
         }
-        storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
+        journal = folder / "optuna.journal"
+        for path in (journal, Path(f"{journal}.lock")):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise ConfigError(
+                    f"{path} is a link or no file, and Optuna would wait for it, or write elsewhere. Remove it"
+                )
+        # Not the lock that is a link: one that leads nowhere would be waited for without end.
+        storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal))))
         identity, data = self.now() if state is None else state
         name = f"{identity}-{config_hash(data)}"
         known = [study.study_name for study in storage.get_all_studies()]
@@ -188,7 +196,7 @@ class Search:
         check_measured("sweep.metric", self.metric, to_plain(config.data), where="on these data")
         state = self.now()
         study = self.study(folder, state)
-        _take_up_what_was_cut_off(study)
+        _take_up_what_was_cut_off(study, root)
         _Trials(self, study, state, launcher, root, told).run()
         jobs = {trial.user_attrs.get(JOB) for trial in study.trials if trial.value is not None} - {None}
         for remark in remarks_on_code(Counter(code_of(Run(root / job).record) for job in jobs)):
@@ -345,9 +353,19 @@ def _suggested(trial: Any, key: str, space: dict[str, Any]) -> Any:
     return suggest(key, space["low"], space["high"], **options)
 
 
-def _take_up_what_was_cut_off(study: Any) -> None:
-    """Trials that were running when a search was killed are asked for again, with the same values: the same job goes on."""
+def _take_up_what_was_cut_off(study: Any, root: Path) -> None:
+    """Trials that were running when a search was killed are asked for again, with the same values: the same job goes on.
+
+    A job that somebody holds was not cut off: another search is at it, and tells its trial's end itself.
+    """
     for trial in study.get_trials(states=(_state("RUNNING"),)):
+        job = str(trial.user_attrs.get(JOB))
+        folder = root / job
+        if re.fullmatch("[0-9a-f]{12}", job) and folder.is_dir() and strange_in(folder, of_job=True) is None:
+            lock = Lock(folder)
+            if not lock.acquire():
+                continue
+            lock.release()
         study.enqueue_trial(trial.params)
         study.tell(trial.number, state=_state("FAIL"))
 

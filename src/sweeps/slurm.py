@@ -99,7 +99,12 @@ class Slurm:
         missing = [job for job in jobs if not is_finished(job, root)]
         if not missing:
             return
-        executor = self.executor(root.parent / "submitit" / "%j")
+        records = root.parent / "submitit"
+        if records.is_symlink():
+            raise ConfigError(
+                f"{records} is a link to {str(records.readlink())!r}: what is submitted would be written there. Remove it"
+            )
+        executor = self.executor(records / "%j")
         with executor.batch():
             submitted = [executor.submit(run_job, job, root) for job in missing]
         for job, handle in zip(missing, submitted, strict=True):

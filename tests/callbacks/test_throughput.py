@@ -1,8 +1,10 @@
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 
 from src.callbacks import throughput
 from src.callbacks.progress import Lines
@@ -32,6 +34,30 @@ def test_tokens_per_second_by_a_fake_clock(monkeypatch):
     trainer.global_step = 2
     callback.on_train_batch_end(trainer, module, None, batch, 1)
     assert logged == {"train/tokens_per_second": pytest.approx(2 * 2 * 8 * 15 / 3), "train/data_wait": 0.0}
+
+
+def test_writing_a_checkpoint_is_neither_training_nor_waiting(tmp_path, monkeypatch):
+    """A tenth of a second for each."""
+    save = Trainer.save_checkpoint
+
+    def slowly(self, *arguments, **more):
+        time.sleep(0.1)
+        save(self, *arguments, **more)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", slowly)
+    counted = []
+    monkeypatch.setattr(throughput.Throughput, "do_not_count", lambda self, seconds: counted.append(seconds))
+    tiny_run(tmp_path, "trainer.max_steps=3", "callbacks.checkpoint.every_n_train_steps=1")
+    assert len(counted) == 3
+    assert min(counted) >= 0.1
+    monkeypatch.undo()
+    clock = throughput.Throughput()
+    clock.started, clock.ended = 10.0, 12.0
+    clock.do_not_count(3.0)
+    assert (clock.started, clock.ended) == (13.0, 15.0)
+    clock.started = clock.ended = 0.0  # it stands still
+    clock.do_not_count(3.0)
+    assert (clock.started, clock.ended) == (0.0, 0.0)
 
 
 def test_utilisation_and_waiting_by_a_fake_clock(monkeypatch):

@@ -363,6 +363,22 @@ def test_variants_that_take_their_data_otherwise_are_told(tmp_path):
     assert SweepResults(sweep.path).verdicts[0].remarks == [
         "the two differ in data.window (20 and 14): they were not trained or asked alike"
     ]
+    assert "data.window (20 and 14)" in SweepTables(SweepResults(sweep.path)).differences[0]["remarks"]
+    for job in plan["jobs"]:
+        job["data"] = job["variant"]  # as of two tasks with other settings
+    write_json(sweep.path, plan)
+    assert "differ in what they ask for as data" in SweepResults(sweep.path).verdicts[0].remarks[0]
+
+
+def test_each_variant_has_its_own_level_of_chance(tmp_path):
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("none", "ABCD"), rates=(2e-3,), unfinished=0, failed=0)
+    for job in sweep.plan["jobs"]:
+        path = sweep.path.parent / job["folder"] / "results.json"
+        level = 0.4 if job["variant"] == "none" else 0.25
+        write_json(path, json.loads(path.read_text()) | {"chance": {"accuracy": level}})
+    tables = SweepTables(SweepResults(sweep.path))
+    assert {line["variant"]: line["chance"] for line in tables.scores} == {"none": 0.4, "ABCD": 0.25}
+    assert tables.chance(tables.rows[0]) is None  # no one line is that of both
 
 
 def test_variants_that_other_code_has_run_are_told_in_the_verdict_alone(tmp_path):

@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 
 from src.config import ConfigError
 from src.sweeps import search as search_module
+from src.sweeps.jobs import lock_of
 from src.sweeps.local import Local
 from src.sweeps.plan import Job
 from src.sweeps.search import Search, _take_up_what_was_cut_off, write_trials
@@ -86,6 +87,14 @@ def test_a_search_whose_files_have_changed_is_another_one(tmp_path: Path, monkey
     assert not search().study(tmp_path).trials
     assert "trials of other settings" in caplog.text
     assert first.now() != before
+
+
+def test_a_journal_that_leads_elsewhere_is_not_waited_for(tmp_path: Path):
+    for name in ("optuna.journal", "optuna.journal.lock"):
+        (tmp_path / name).symlink_to("nothing")
+        with pytest.raises(ConfigError, match=rf"{name} is a link or no file"):
+            search().study(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def on_text(folder: Path, word: str, **changes) -> Search:
@@ -198,7 +207,13 @@ def test_what_was_cut_off_is_asked_for_again(tmp_path: Path):
     trial = study.ask()
     job = described.job(trial)
     study = described.study(tmp_path)  # another process
-    _take_up_what_was_cut_off(study)
+    trial.set_user_attr("job", job.name)
+    other = lock_of(job, tmp_path)  # another search runs it at this moment
+    assert other.acquire()
+    _take_up_what_was_cut_off(study, tmp_path)
+    assert [t.state for t in study.trials] == [TrialState.RUNNING]
+    other.release()
+    _take_up_what_was_cut_off(study, tmp_path)
     again = study.ask()
     assert described.job(again).name == job.name
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.RUNNING]

@@ -3,6 +3,7 @@
 Each case is one in which a run that was killed, or given more steps, had become another run under the same name.
 """
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -69,6 +70,50 @@ def test_what_a_callback_has_ended_is_over_elsewhere_too(tmp_path, stopped):
         tiny_run(tmp_path, *EVERY, early(2), "trainer.max_steps=12", f"ckpt_path={stopped['steps']}")
 
 
+def test_an_extra_validation_that_was_made_up_for_is_forgotten_too(tmp_path):
+    options = [*EVERY, early(3), "scheduler=constant"]
+    tiny_run(tmp_path / "straight", *options, "trainer.max_steps=12")
+    tiny_run(tmp_path / "short", *options, "trainer.max_steps=5")
+    longer = killed_after(5, tmp_path / "longer", tmp_path / "short")
+    tiny_run(longer, *options, "trainer.max_steps=5", "ckpt_path=auto")
+    tiny_run(longer, *options, "trainer.max_steps=12", "ckpt_path=auto")
+    assert results(longer)["metrics"] == results(tmp_path / "straight")["metrics"]
+
+
+def test_by_epochs_another_cut_changes_no_validation(tmp_path):
+    options = [*EVERY, *EPOCHS[:2], "callbacks=best", "callbacks.best.save_top_k=-1", "trainer.max_steps=8"]
+    tiny_run(tmp_path / "straight", *options, "+trainer.limit_train_batches=2")
+    killed = killed_after(4, tmp_path / "killed", tmp_path / "straight")
+    cut = ["+trainer.limit_train_batches=4", "trainer.accumulate_grad_batches=2"]
+    tiny_run(killed, *options, *cut, "ckpt_path=auto")
+    assert validated(killed) == validated(tmp_path / "straight") == [2, 4, 6, 8]
+    assert (killed / "checkpoints" / "best_step00000004.ckpt").exists()
+
+
+@pytest.mark.parametrize("by", ["val/loss", "train/loss"])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_cut_that_moves_validations_is_refused_where_a_callback_listens(tmp_path, by, cut):
+    options = [*EVERY, early(2, monitor=by), "trainer.max_steps=4"]
+    tiny_run(tmp_path / "straight", *options)
+    killed = killed_after(2, tmp_path / "killed", tmp_path / "straight")
+    again = [*options, "trainer.accumulate_grad_batches=2", f"trainer.val_check_interval={2 * cut}", "ckpt_path=auto"]
+    if cut == 1:  # every step
+        with pytest.raises(CheckpointError, match="accumulate_grad_batches"):
+            tiny_run(killed, *again)
+    else:  # every two steps, as before
+        assert tiny_run(killed, *again)
+
+
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "Adafactor"])
+def test_optimizers_with_states_of_their_own_are_gone_on_with(tmp_path, name):
+    known = {"betas", "weight_decay"} & set(inspect.signature(getattr(torch.optim, name)).parameters)
+    left_out = [f"~optimizer.{key}" for key in {"betas", "eps", "no_decay", "fused", "weight_decay"} - known]
+    options = [*EVERY, *left_out, f"optimizer._target_=torch.optim.{name}", "scheduler=constant"]
+    tiny_run(tmp_path / "straight", *options)
+    killed = killed_after(2, tmp_path / "killed", tmp_path / "straight")
+    assert tiny_run(killed, *options, "ckpt_path=auto") == results(tmp_path / "straight")["metrics"]
+
+
 @pytest.mark.parametrize("override", ["trainer.val_check_interval=3", "data.val_windows=4"])
 def test_what_a_callback_decides_by_cannot_be_changed(tmp_path, stopped, override):
     killed = killed_after(4, tmp_path / "killed", stopped["steps"])
@@ -96,6 +141,17 @@ def test_a_stop_that_the_checkpoint_knows_of_is_a_stop(tmp_path):
     tiny_run(killed, *by_loss, "ckpt_path=auto")
     assert results(killed)["steps"] == results(tmp_path / "straight")["steps"] == 6
     assert results(killed)["metrics"] == results(tmp_path / "straight")["metrics"]
+
+
+@pytest.mark.parametrize("more", [{"stopping_threshold": 100.0, "patience": 50}, {"divergence_threshold": 0.0}])
+def test_a_stop_for_any_reason_is_a_stop(tmp_path, more):
+    by_loss = ["callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min", "trainer.max_steps=12"]
+    by_loss += ["callbacks.checkpoint.every_n_train_steps=null", early(**({"patience": 3} | more))]
+    tiny_run(tmp_path / "straight", *by_loss)
+    assert results(tmp_path / "straight")["steps"] == 2
+    killed = killed_after(2, tmp_path / "killed", tmp_path / "straight")
+    tiny_run(killed, *by_loss, "ckpt_path=auto")
+    assert results(killed)["steps"] == 2
 
 
 def test_going_on_from_an_earlier_checkpoint_leaves_no_later_one(tmp_path, caplog):

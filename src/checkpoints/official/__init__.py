@@ -50,6 +50,8 @@ def from_official(
     if rope_pairing != "adjacent" and not isinstance(family, Llama):
         raise ValueError(f"rope_pairing={rope_pairing!r}: {family.model_names[0]} has no rotation")
     settings = family.settings(config)
+    if settings["n_layers"] > len(state_dict):  # before they are built
+        raise ValueError(f"n_layers={settings['n_layers']:,}, but there are {len(state_dict)} weights")
     with torch.device("meta"):  # initial weights that are about to be replaced need not be drawn
         net = family.build(settings, rope_pairing)
     family.load(net, settings, state_dict)
