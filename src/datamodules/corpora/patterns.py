@@ -10,7 +10,8 @@ pattern may hold is what those of GPT-2, Llama 3, GPT-4o, Qwen and DeepSeek hold
   blanks and anything else, which may match all of a text in some script, only at the very end, where nothing makes them
   give back;
 - no repetition of what has repetitions or alternatives in it, unless it is optional (`?`);
-- no references back, recursion, conditions, comments, or flags but i, m and s.
+- no references back, recursion, conditions, comments, or flags but i, m and s, and these only where a group, or an
+  alternative, begins: in the middle of one they would reach over all alternatives that follow.
 
 Anything that cannot be read so is refused.
 """
@@ -67,8 +68,10 @@ class _Part:
         return self.ways * max(self.length, 1)
 
 
-def count_ways(pattern: str) -> tuple[int, int]:
+def count_ways(pattern: str) -> tuple[int, int, bool]:
     """Return how many ways there are through a pattern at one character, and how many characters are looked at on all of them.
+
+    And whether something that may fail follows a `*` or `+` in it: then the time grows with the square of the longest word.
 
     Raises:
         CorpusError: it can take too long.
@@ -84,7 +87,7 @@ def count_ways(pattern: str) -> tuple[int, int]:
     except (_Refused, RecursionError) as error:
         reason = str(error) if isinstance(error, _Refused) else "it is nested too deep"
         raise CorpusError(f"its pattern {pattern[:60]!r} may take too long, or is none: {reason}") from None
-    return part.ways, part.looks
+    return part.ways, part.looks, part.retried
 
 
 def _check_counts(part: _Part) -> None:
@@ -127,6 +130,8 @@ class _Reader:
     def sequence(self) -> _Part:
         """What follows each other."""
         whole = _Part()
+        if flags := _FLAGS.match(self.pattern, self.place):
+            self.place = flags.end()
         while self.place < len(self.pattern) and self.pattern[self.place] not in "|)":
             part = self.repeated()
             if whole.wide:
@@ -220,10 +225,7 @@ class _Reader:
         return _Part(length=1, sure=False, atoms=frozenset({found[0]}))
 
     def group(self) -> _Part:
-        """What is in brackets, or flags."""
-        if flags := _FLAGS.match(self.pattern, self.place):
-            self.place = flags.end()
-            return _Part()
+        """What is in brackets."""
         opening = _OPENING.match(self.pattern, self.place + 1)
         if opening is None:
             raise _Refused(f"{self.pattern[self.place : self.place + 4]!r} is not allowed")

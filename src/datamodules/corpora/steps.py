@@ -49,6 +49,7 @@ def check_steps(definition: dict[str, Any]) -> None:
     if count > MOST_STEPS:
         raise CorpusError(f"it has {count} steps around its model; at most {MOST_STEPS} can be used")
     _check_patterns([pattern for section in _SECTIONS for pattern in _patterns(definition.get(section))])
+    _check_words([*steps["normalizer"], *steps["pre_tokenizer"]])
     before = _check_growth("normalizer", steps["normalizer"])
     _check_growth("pre_tokenizer", steps["pre_tokenizer"], before)
     _check_growth("decoder", steps["decoder"])
@@ -71,6 +72,28 @@ def _check_patterns(patterns: list[str]) -> None:
         raise CorpusError(
             f"its patterns look at up to {looks:,} characters for one of a text; at most {MOST_LOOKS:,} are looked at"
         )
+
+
+def _check_words(steps: list[dict[str, Any]]) -> None:
+    """Patterns may rely on it that words are short only where no step before them has taken the blanks away."""
+    changed = None
+    for step in steps:
+        pattern = step.get("pattern")
+        pattern = pattern.get("Regex") if isinstance(pattern, dict) else None
+        if changed and isinstance(pattern, str) and count_ways(pattern)[2]:
+            raise CorpusError(
+                f"its pattern {pattern[:60]!r} may take too long: {changed} before it may leave no blanks between words, and then nothing"
+                " that may fail can follow * or +"
+            )
+        changed = changed or (step["type"] if _changes_blanks(step) else None)
+
+
+def _changes_blanks(step: dict[str, Any]) -> bool:
+    if step["type"] == "Replace":
+        pattern = step.get("pattern")
+        string = pattern.get("String") if isinstance(pattern, dict) else pattern
+        return not isinstance(string, str) or any(character.isspace() for character in string)
+    return step["type"] in ("ByteLevel", "Metaspace", "Precompiled")
 
 
 def _check_model(model: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ IN_USE = {
     "the rest": r"a[\s\S]+",
     "blanks before something": "[ \t\u3000\n]+x|" r"\p{Zs}+x|[[:space:]]+x| +x|\s*x",
     "a word and what follows it": r"\p{Cyrillic}+\p{P}*|[^\s\p{L}]+\s*",
+    "flags where an alternative begins": r"(?i)a|(?i)b+",
     "sentences of a script": r"[\p{Cyrillic}\s.]+",
 }
 TOO_LONG = {
@@ -64,6 +65,7 @@ TOO_LONG = {
     "what is no blank but one": r"[^ \t\r\n]*x",
     "a blank and a backslash": r"[^\\s]*x",
     "many long ways": r".{0,20}.{0,20}[\s\S]{1000}x",
+    "flags in the middle, which reach over what follows": r".{1,24}(?i)a|.{1,24}b",
     "a reference": r"(a)\1*",
     "a name": r"(?<n>a|b\g<n>)",
     "a comment": "(?x)a # )(\n",
@@ -92,7 +94,7 @@ def load(path, definition: dict) -> Tokenizer:
 def test_patterns_in_use_are_read(tmp_path, definition, name):
     split = {"type": "Split", "pattern": {"Regex": IN_USE[name]}, "behavior": "Isolated", "invert": False}
     definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split]}
-    ways, looks = count_ways(IN_USE[name])
+    ways, looks, _ = count_ways(IN_USE[name])
     assert 1 <= ways <= MOST_WAYS / 10
     assert ways <= looks <= MOST_LOOKS / 10
     assert load(tmp_path / "t.json", definition).encode("a b").size
@@ -106,6 +108,32 @@ def test_patterns_that_take_too_long_are_refused(tmp_path, definition, name, sec
     definition[section] = {"type": "Replace", "pattern": pattern, "content": ""} if section == "normalizer" else split
     with pytest.raises(CorpusError, match=r"t\.json .*its pattern .* may take too long, or is none: "):
         load(tmp_path / "t.json", definition)
+
+
+BLANKS_AWAY = {
+    "a string": {"type": "Replace", "pattern": {"String": " "}, "content": "_"},
+    "a regular expression": {"type": "Replace", "pattern": {"Regex": r"\s"}, "content": ""},
+    "bytes": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    "a sign for blanks": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False},
+}
+
+
+@pytest.mark.parametrize("step", BLANKS_AWAY)
+def test_words_are_long_where_a_step_before_has_taken_the_blanks_away(tmp_path, definition, step):
+    """A pattern that gives back a word is refused there, and one that does not is none the worse."""
+    first = BLANKS_AWAY[step]
+    section, steps = ("normalizer", "normalizers") if first["type"] == "Replace" else ("pre_tokenizer", "pretokenizers")
+    for pattern, refused in ((r"\S+\s", True), (r"\S+", False)):
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        if section == "normalizer":
+            split = {"type": "Replace", "pattern": {"Regex": pattern}, "content": "x"}
+        for order in ([first, split], [split, first]):
+            definition[section] = {"type": "Sequence", steps: order}
+            if refused and order[0] is first:
+                with pytest.raises(CorpusError, match=rf"may take too long: {first['type']} before it may leave no"):
+                    load(tmp_path / "t.json", definition)
+            else:
+                assert load(tmp_path / "t.json", definition).encode("a b").size
 
 
 def test_patterns_are_counted_together(tmp_path, definition):
