@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ _FILES |= {
     *(f"{name}.log" for name in ("train", "evaluate", "report", "sweep", "output")),
 }
 _FILES_OF_SWEEPS = {"job.lock", "output.log"}  # in a job's folder, besides what the job itself writes
+_OTHER_FILES = re.compile(r".*\.sha256|(results-|evaluation_).*\.json")
 _FOLDERS = {"checkpoints", "csv", ".hydra", "bad_batches"}
 _DEEPEST = 50
 PART = ".part"  # ends the name of what is being written; left behind only by a process that was killed
@@ -123,7 +125,7 @@ def _strange(entry: os.DirEntry[str], home: str, of_job: bool) -> str | None:
         return f"a link to {os.readlink(entry.path)!r}; what is written there would be written elsewhere"
     if entry.is_dir():
         of_hydra = os.path.basename(os.path.dirname(entry.path)) == ".hydra"
-        taken = entry.name in _FILES or of_hydra or entry.name.endswith(".sha256")
+        taken = entry.name in _FILES or of_hydra or _OTHER_FILES.fullmatch(entry.name) is not None
         taken = entry.name in _FILES_OF_SWEEPS if of_job else taken
         return "a folder, where a run writes a file" if taken else None
     if not entry.is_file():

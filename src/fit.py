@@ -27,7 +27,7 @@ from src.callbacks.preemption import Preempted, wait_for_files
 from src.config import RunError
 from src.config.errors import printable
 from src.datamodules.base import StreamDataModule
-from src.modules.language_model import LanguageModel, is_validated
+from src.modules.language_model import LanguageModel, is_last, is_validated
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class _EpochLoop(_TrainingEpochLoop):
         if self._is_within_a_step() or not self.trainer.enable_validation:
             return False
         stopped = self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
-        if stopped or self.global_step >= self.trainer.max_steps > 0 or self._is_last_epoch():
+        if stopped or is_last(self.trainer, self.total_batch_idx + 1):
             self.trainer.lightning_module.note_extra_validation()  # type: ignore[operator, union-attr]
             return True
         return False
@@ -208,10 +208,6 @@ class _EpochLoop(_TrainingEpochLoop):
 
     def _is_within_a_step(self) -> bool:
         return self._should_accumulate()
-
-    def _is_last_epoch(self) -> bool:
-        epochs: Any = self.trainer.fit_loop.epoch_progress.current
-        return self._num_ready_batches_reached() and epochs.started >= (self.trainer.max_epochs or -1) > 0
 
     def reset(self) -> None:
         """Lightning adds one to the number of steps that it has logged, also after a checkpoint that had counted them all."""

@@ -79,6 +79,8 @@ def check_same_run(
         )
     differing = differences(checkpoint["config"], plain)
     free = {key for key in differing if _is_under(key, MAY_DIFFER)}
+    if any(str((node or {}).get("monitor")).startswith("val/") for node in (plain.get("callbacks") or {}).values()):
+        free -= {key for key in differing if _is_under(key, _VALIDATED)}  # scores of other questions do not compare
     if _listens(plain):
         free -= {key for key in differing if _is_under(key, _VALIDATED)}
         if _validation_steps(checkpoint["config"]) != _validation_steps(plain):

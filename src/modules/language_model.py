@@ -39,15 +39,23 @@ def is_due(batches: int, every: int, micro: int) -> bool:
     return batches // every > (batches - micro) // every
 
 
+def is_last(trainer: Any, batches: int) -> bool:
+    """Whether training ends after so many batches, each of which ends an optimizer step, as it was planned."""
+    limit, epochs = trainer.limit_train_batches, trainer.max_epochs or -1
+    over = isinstance(limit, int) and epochs > 0 and batches >= limit * epochs
+    return over or batches >= trainer.max_steps * trainer.accumulate_grad_batches > 0
+
+
 def is_validated(trainer: Any, batches: int) -> bool:
     """Whether the configuration asks for a validation after so many batches, each of which ends an optimizer step.
 
-    A function of nothing else, so that a run that goes on knows what the straight run has done. The last batch that there is, without
-    ``limit_train_batches``, is no end of an epoch: the stream is cut after the planned steps.
+    A function of nothing else, so that a run that goes on knows what the straight run has done. Where it is asked for every so many
+    batches, ends of epochs do not matter. The last batch that there is, without ``limit_train_batches``, is no end of an epoch: the
+    stream is cut after the planned steps.
     """
     every, limit, epochs = trainer.val_check_interval, trainer.limit_train_batches, trainer.check_val_every_n_epoch
-    if isinstance(every, int) and is_due(batches, every, trainer.accumulate_grad_batches):
-        return True
+    if isinstance(every, int):
+        return is_due(batches, every, trainer.accumulate_grad_batches)
     return isinstance(limit, int) and batches % limit == 0 and (epochs is None or batches // limit % epochs == 0)
 
 
@@ -373,8 +381,9 @@ class LanguageModel(L.LightningModule):
             logger.go_on_from(step + 1)
             if metrics and not logger.has(step, "train/loss"):
                 logger.log_metrics(metrics | {"epoch": self._epoch}, step=step)
-        due = is_validated(trainer, (step + 1) * trainer.accumulate_grad_batches)
-        if not due and step + 1 == trainer.max_steps:
+        batches = (step + 1) * trainer.accumulate_grad_batches
+        due = is_validated(trainer, batches)
+        if not due and is_last(trainer, batches):
             self.note_extra_validation()
             due = True
         # What callbacks that keep the best checkpoint or stop early were told after this one was written, they have forgotten.

@@ -18,6 +18,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from src.files import put_aside, written_whole
 
+# Of what an earlier attempt has left, which is held in memory: a row as a dictionary takes some ten times its bytes.
+MOST_BYTES, MOST_COLUMNS = 2**28, 4096
+
 log = logging.getLogger(__name__)
 
 
@@ -139,35 +142,42 @@ def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     rows: list[dict[str, str]] = []
-    problem = None
+    problem, damaged = None, 0
+    if path.stat().st_size > MOST_BYTES:
+        problem = f"it has more than {MOST_BYTES:,} bytes"
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=False)
-            rows.extend(reader)
-            if "step" not in (reader.fieldnames or []):
-                problem, rows = "it has no column 'step'", []
+            reader = csv.reader(file)
+            header = [] if problem else next(reader, [])
+            if not problem and not ("step" in header and len(header) <= MOST_COLUMNS):
+                problem = f"it has no column 'step', or more than {MOST_COLUMNS:,} columns"
+            last: list[str] | None = None
+            for values in reader if not problem else ():
+                damaged += last is not None
+                last = None
+                row = dict(zip(header, values, strict=False))
+                if len(values) == len(header) and _is_whole(row):
+                    rows.append(row)
+                else:
+                    last = values  # not damaged, if it is the end of the file and was being written
+            damaged += last is not None and not _is_cut_off(last, path)
     except (UnicodeDecodeError, csv.Error) as error:  # bytes of something else
         problem = str(error)
-    if rows and not _is_whole(rows[-1]) and _is_cut_off(rows[-1], path):
-        rows.pop()
-    whole = [row for row in rows if _is_whole(row)]
-    if len(whole) < len(rows):
-        problem = problem or f"{len(rows) - len(whole)} of its rows cannot be read"
+    if damaged:
+        problem = problem or f"{damaged} of its rows cannot be read"
     if problem and path.stat().st_size:
         log.warning(
-            f"{path} is damaged: {problem}. It is kept as {put_aside(path).name}; {len(whole)} rows go on in a new one"
+            f"{path} is damaged: {problem}. It is kept as {put_aside(path).name}; {len(rows)} rows go on in a new one"
         )
-    return whole
+    return rows
 
 
-def _is_cut_off(row: dict[Any, Any], path: Path) -> bool:
+def _is_cut_off(values: list[str], path: Path) -> bool:
     """Whether a row that is not whole is what a killed writer leaves at the end of a file."""
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n" and not any("\n" in str(value) for value in row.values())
+        return file.read(1) != b"\n" and not any("\n" in value for value in values)
 
 
-def _is_whole(row: dict[Any, Any]) -> bool:
-    return (
-        None not in row and None not in row.values() and re.fullmatch("[0-9]{1,15}", str(row.get("step"))) is not None
-    )
+def _is_whole(row: dict[str, str]) -> bool:
+    return re.fullmatch("[0-9]{1,15}", row.get("step", "")) is not None

@@ -90,6 +90,30 @@ def test_by_epochs_another_cut_changes_no_validation(tmp_path):
     assert (killed / "checkpoints" / "best_step00000004.ckpt").exists()
 
 
+def test_the_last_step_by_epochs_is_validated_after_a_kill_too(tmp_path):
+    options = [*EVERY, "trainer.val_check_interval=null", "trainer.check_val_every_n_epoch=2", "+trainer.max_epochs=3"]
+    options += ["+trainer.limit_train_batches=2", "trainer.max_steps=20"]
+    tiny_run(tmp_path / "straight", *options)
+    assert validated(tmp_path / "straight") == [4, 6]
+    killed = killed_after(6, tmp_path / "killed", tmp_path / "straight")
+    tiny_run(killed, *options, "ckpt_path=auto")
+    assert results(killed)["metrics"] == results(tmp_path / "straight")["metrics"]
+
+
+def test_validations_by_batches_do_not_ask_for_ends_of_epochs(tmp_path):
+    options = ["trainer.val_check_interval=4", "+trainer.limit_train_batches=3", "+trainer.max_epochs=3"]
+    tiny_run(tmp_path, *options, "trainer.max_steps=20")
+    assert validated(tmp_path) == [4, 8, 9]
+
+
+def test_the_best_is_chosen_among_answers_to_the_same_questions(tmp_path):
+    options = [*EVERY, "callbacks=best", "trainer.max_steps=4"]
+    tiny_run(tmp_path / "straight", *options)
+    killed = killed_after(2, tmp_path / "killed", tmp_path / "straight")
+    with pytest.raises(CheckpointError, match=r"data\.val_windows: 6 there, 4 here"):
+        tiny_run(killed, *options, "data.val_windows=4", "ckpt_path=auto")
+
+
 @pytest.mark.parametrize("by", ["val/loss", "train/loss"])
 @pytest.mark.parametrize("cut", [1, 2])
 def test_a_cut_that_moves_validations_is_refused_where_a_callback_listens(tmp_path, by, cut):

@@ -254,7 +254,11 @@ def _check(
     if state is not None and state.inputs.shape != (batch, history, channels):
         wanted = [batch, history, channels]
         raise ValueError(f"state.inputs must be [B, K-1, C] = {wanted}; got {tuple(state.inputs.shape)}")
-    parts = {"weight": weight, "bias": bias, "segments": segments, "state": state and state.inputs}
+    if state is not None and (state.segments.shape != (batch, history) or state.segments.dtype != torch.int64):
+        got = f"{tuple(state.segments.shape)} of {state.segments.dtype}"
+        raise ValueError(f"state.segments must be [B, K-1] = {[batch, history]} of int64; got {got}")
+    parts = {"weight": weight, "bias": bias, "segments": segments}
+    parts |= {"state": state and state.inputs, "state.segments": state and state.segments}
     for name, part in parts.items():
         if part is not None and part.device != x.device:
             raise ValueError(f"{name} is on {part.device} but x is on {x.device}; move one of them")

@@ -235,6 +235,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, seg
 
     Tensors are plain, on the CPU and of one dtype, float32 or float64; segments are `[B, T]` ids of any integer dtype.
     """
+    if (
+        segments is not None and segments.shape != x.shape[:2]
+    ):  # the loops read as many as x has, whether they are there or not
+        raise ValueError(f"segments must be [B, T] = {list(x.shape[:2])}; got {tuple(segments.shape)}")
     return _CausalConv.apply(x.contiguous(), weight, bias, residual, None if segments is None else segments.long())
 
 

@@ -163,7 +163,7 @@ def _check_shape(meta: dict[str, Any]) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**60
 
 
 def _check_file(folder: Path, name: str, meta: dict[str, Any]) -> None:
