@@ -30,9 +30,9 @@ def described_model(checkpoint: dict[str, Any]) -> Backbone:
     return model_from_config(checkpoint["config"]["model"], device="meta")
 
 
-def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of its model by their names there."""
-    return {name.removeprefix(PREFIX): w for name, w in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
+def weights_of(checkpoint: dict[str, Any], key: str = "state_dict") -> dict[str, torch.Tensor]:
+    """The weights of its model by their names there; none where there is nothing under the key."""
+    return {name.removeprefix(PREFIX): w for name, w in (checkpoint.get(key) or {}).items() if name.startswith(PREFIX)}
 
 
 def check_types(weights: dict[str, torch.Tensor], net: Backbone) -> None:

@@ -151,9 +151,7 @@ def put_later_aside(folder: Path, step: int) -> None:
         folder: a run's ``checkpoints``.
         step: that it goes on from.
     """
-    named = {path: step_of(path) for path in folder.glob("*.ckpt")}
-    later = [path for path, number in named.items() if (number if number >= 0 else _recorded_step(path)) > step]
-    for path in sorted(later):
+    for path in sorted(path for path in folder.glob("*.ckpt") if _recorded_step(path) > step):
         if path.is_symlink():  # last.ckpt, which holds nothing itself
             path.unlink()
             continue

@@ -227,6 +227,19 @@ def recut(checkpoint: dict[str, Any], micro: int) -> None:
         count.update({name: ready - by for name, by in behind.items()})
 
 
+def begin_epoch(checkpoint: dict[str, Any]) -> None:
+    """Where a checkpoint was written after the end of an epoch, the next one begins: Lightning would end the same one once more.
+
+    Args:
+        checkpoint: of a run with epochs, of which ``loops`` are changed.
+    """
+    loop = (checkpoint.get("loops") or {}).get("fit_loop", {})
+    epochs, batches = (loop.get(key) for key in ("epoch_progress", "epoch_loop.batch_progress"))
+    if epochs and batches and epochs["current"]["completed"] == epochs["current"]["ready"] > 0:
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+
+
 def check_states(checkpoint: dict[str, Any], callbacks: list[Any]) -> None:
     """Raises a ValueError when the state of a callback is of other kinds than the callback's own: it may come from anybody."""
     for callback in callbacks:

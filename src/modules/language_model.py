@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from src.checkpoints.described import check_types, weights_of
 from src.checkpoints.integrity import CHECKPOINT_FORMAT
-from src.checkpoints.resume import check_states, recut
+from src.checkpoints.resume import begin_epoch, check_states, recut
 from src.components.backbone import Backbone
 from src.config import RunError
 from src.datamodules.stream import data_share, reads_alone
@@ -348,7 +349,11 @@ class LanguageModel(L.LightningModule):
             ValueError: states in the checkpoint are not those of this trainer's parts.
         """
         check_states(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
+        for key in ("state_dict", "current_model_state"):  # the second of callbacks that average weights
+            check_types(weights_of(checkpoint, key), self.net)
         recut(checkpoint, self.trainer.accumulate_grad_batches)
+        if isinstance(self.trainer.limit_train_batches, int):
+            begin_epoch(checkpoint)
         self._unwritten = (checkpoint["global_step"] - 1, checkpoint.get("pending_metrics") or {})
         self._epoch = checkpoint["epoch"]
         self.seconds_before = checkpoint.get("seconds") or 0.0

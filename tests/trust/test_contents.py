@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import struct
 import zipfile
 from collections import OrderedDict
@@ -162,6 +163,29 @@ def test_weights_of_types_that_no_model_is_computed_in_are_refused(trained, tmp_
         load_model(path)
     with pytest.raises(CheckpointError, match=r"odd\.ckpt"):
         evaluate(compose_run(tmp_path, f"ckpt_path={path}", f"paths.output_dir={tmp_path}", config_name="evaluate"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_weights_that_are_no_fractions_are_not_gone_on_with(trained, tmp_path, dtype):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    forged(trained, folder / "checkpoints" / "step00000099.ckpt", cast(dtype))
+    with pytest.raises(RunError, match=rf"step00000099\.ckpt cannot be gone on from: .* of {dtype}"):
+        tiny_run(folder, "trainer.max_steps=9", f"ckpt_path={folder / 'checkpoints' / 'step00000099.ckpt'}")
+
+
+def test_names_of_one_tensor_are_no_blocks(trained, tmp_path):
+    """They cost next to nothing in a file, and a block each in memory."""
+
+    def deep(checkpoint: dict) -> None:
+        one = torch.zeros(1)
+        checkpoint["config"]["model"]["depth"] = 3000
+        checkpoint["state_dict"] = {f"net.blocks.{i}.{j}": one for i in range(3000) for j in range(3)}
+
+    with pytest.raises(
+        CheckpointError, match=r"deep\.ckpt.*model\.depth=3,000, but its tensors are those of at most 0"
+    ):
+        load_model(forged(trained, tmp_path / "deep.ckpt", deep))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

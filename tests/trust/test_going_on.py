@@ -100,6 +100,22 @@ def test_the_last_step_by_epochs_is_validated_after_a_kill_too(tmp_path):
     assert results(killed)["metrics"] == results(tmp_path / "straight")["metrics"]
 
 
+@pytest.mark.parametrize("more", [{}, {"patience": 9}], ids=["plain", "early stopping"])
+@pytest.mark.parametrize(("every", "first", "last"), [(2, 4, 6), (2, 8, 14), (1, 3, 7), (3, 6, 8)])
+def test_a_finished_run_by_epochs_is_the_longer_run(tmp_path, every, first, last, more):
+    """Each step has all of its micro-batches, epochs end where they would have, and each of them once."""
+    options = [*EVERY, "trainer.val_check_interval=null", f"trainer.check_val_every_n_epoch={every}"]
+    options += ["+trainer.limit_train_batches=4", "trainer.accumulate_grad_batches=2", "scheduler=constant"]
+    options += [early(**more)] if more else []
+    tiny_run(tmp_path / "straight", *options, f"trainer.max_steps={last}")
+    tiny_run(tmp_path / "longer", *options, f"trainer.max_steps={first}")
+    tiny_run(tmp_path / "longer", *options, f"trainer.max_steps={last}", "ckpt_path=auto")
+    assert results(tmp_path / "longer")["metrics"] == results(tmp_path / "straight")["metrics"]
+    loss = [Run(tmp_path / name).curves(["train/loss"])["train/loss"] for name in ("longer", "straight")]
+    assert loss[0] == loss[1]
+    assert set(validated(tmp_path / "longer")) - {first} == set(validated(tmp_path / "straight")) - {first}
+
+
 def test_validations_by_batches_do_not_ask_for_ends_of_epochs(tmp_path):
     options = ["trainer.val_check_interval=4", "+trainer.limit_train_batches=3", "+trainer.max_epochs=3"]
     tiny_run(tmp_path, *options, "trainer.max_steps=20")

@@ -90,6 +90,7 @@ DAMAGE = {
     "a row cut in the middle": lambda content: content.replace(b"\n0,19,", b"\n0,"),
     "a step that is no number": lambda content: content.replace(b"\n0,19,", b"\n0,x,"),
     "no header": lambda content: content[content.index(b"\n") + 1 :],
+    "a million columns": lambda content: b"step," + b"c," * 1_000_000 + b"d\n" + b"1\n" * 100 + content,
     "a quote that never ends": lambda content: content.replace(b"\n0,19,", b'\n0,19,"'),
 }
 

@@ -417,3 +417,11 @@ def test_bad_inputs(change, error, message):
     call = {"x": torch.zeros(2, 4, 6), "weight": torch.zeros(6, 4)} | change
     with pytest.raises(error, match=message):
         causal_conv(**call)
+
+
+def test_a_state_of_other_documents_than_inputs_is_refused():
+    """Compiled loops would read beyond its end."""
+    state = causal_conv_state(2, 4, 4, dtype=torch.float64)
+    for segments in (state.segments[:, :0], state.segments[:1], state.segments.int()):
+        with pytest.raises(ValueError, match=r"state\.segments must be \[B, K-1\] = \[2, 3\] of int64"):
+            causal_conv(rand(2, 5, 4), rand(4, 4), state=state._replace(segments=segments))

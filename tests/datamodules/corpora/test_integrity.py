@@ -98,6 +98,7 @@ class TestMeta:
             (("splits", "train", "documents"), 7, r"train\.offsets\.npy .* meta\.json says"),
             (("splits", "val", "tokens"), -1, "counts of the val split"),
             (("splits", "val", "tokens"), True, "counts of the val split"),
+            (("splits", "val", "bytes"), 10**400, "counts of the val split"),
             (("splits", "val", "extra"), 1, "counts of the val split"),
             (("splits", "more"), {}, "its splits are"),
             (("tokenizer", "vocab_size"), 10**6, r"tokens\.npy holds uint16"),
