@@ -90,9 +90,20 @@ def test_nobody_waits_for_a_pipe(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    [*(f"{name}/" for name in ("run.json", "results.json", "config.yaml", "run.lock", "train.log", ".hydra/mine.yaml")),
-     *("results-x.json/", "evaluation_x.json/", "csv/metrics.csv/", "checkpoints/step00000002.ckpt.sha256/", "checkpoints", "csv", ".hydra")],
-)  # fmt: skip
+    [
+        *(
+            "run.json/",
+            "results.json/",
+            "results-x.json/",
+            "evaluation_x.json/",
+            "config.yaml/",
+            "run.lock/",
+            "train.log/",
+        ),
+        *(".hydra/mine.yaml/", "csv/metrics.csv/", "checkpoints/step00000002.ckpt.sha256/"),
+        *("checkpoints", "csv", ".hydra"),
+    ],
+)
 def test_folders_for_files_and_files_for_folders_are_refused(tmp_path, capsys, name):
     """Before anything is trained: what cannot be written would be found at the end."""
     run, odd = tmp_path / "run", tmp_path / "run" / name
