@@ -67,7 +67,11 @@ class _Continued(ExperimentWriter):
             trains = step is not None and any(name.startswith(("train/", "val/")) for name in metrics_dict)
             # Of the same step only what is not logged again: a run may have been stopped between training and validation.
             again = {name.partition("/")[0] for name in metrics_dict if "/" in name}
-            kept = [row for row in self._earlier if not trains or _is_before(row, step or 0, again)]
+            kept = [
+                row
+                for row in self._earlier
+                if (_is_before(row, step or 0, again) if trains else not {"test"} & again & _logged(row))
+            ]
             self._earlier = None
             self._restore(kept)
         super().log_metrics(dict(metrics_dict), step)
@@ -130,8 +134,12 @@ class _Continued(ExperimentWriter):
 
 def _is_before(row: dict[str, str], step: int, again: set[str]) -> bool:
     own = int(row["step"] or 0)
-    logged = {name.partition("/")[0] for name, value in row.items() if "/" in name and value}
-    return own < step or (own == step and "train" in logged and not logged & again)
+    return own < step or (own == step and "train" in _logged(row) and not _logged(row) & again)
+
+
+def _logged(row: dict[str, str]) -> set[str]:
+    """What kinds of metrics a row holds: train, val, test."""
+    return {name.partition("/")[0] for name, value in row.items() if "/" in name and value}
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

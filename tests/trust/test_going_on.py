@@ -3,6 +3,7 @@
 Each case is one in which a run that was killed, or given more steps, had become another run under the same name.
 """
 
+import csv
 import inspect
 import json
 import shutil
@@ -304,3 +305,14 @@ def test_a_position_that_nothing_takes_is_told(tmp_path, caplog):
     assert "no mixer of this model takes positions" not in caplog.text
     tiny_run(tmp_path / "alibi", "model=gla", "position=alibi", "trainer.max_steps=1")
     assert "position=src.components.position.ALiBi: no mixer of this model takes positions" in caplog.text
+
+
+def test_a_test_that_is_made_again_has_one_row(tmp_path):
+    """A run was killed between the end of its test and its results."""
+    first = tiny_run(tmp_path)
+    (tmp_path / "results.json").unlink()
+    assert tiny_run(tmp_path, "ckpt_path=auto") == first
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["test/loss"] != "" for row in rows) == 1
+    assert sum(row["train/loss"] != "" for row in rows) == 4
