@@ -80,7 +80,9 @@ def check_same_run(
     differing = differences(checkpoint["config"], plain)
     free = {key for key in differing if _is_under(key, MAY_DIFFER)}
     if any(str((node or {}).get("monitor")).startswith("val/") for node in (plain.get("callbacks") or {}).values()):
-        free -= {key for key in differing if _is_under(key, _VALIDATED)}  # scores of other questions do not compare
+        # Scores of other questions do not compare; where batches are limited, what makes a batch decides which are asked.
+        limited = plain["trainer"].get("limit_val_batches") is not None
+        free -= {key for key in differing if _is_under(key, _VALIDATED + (_BATCHING if limited else ()))}
     if _listens(plain):
         free -= {key for key in differing if _is_under(key, _VALIDATED)}
         if _validation_steps(checkpoint["config"]) != _validation_steps(plain):

@@ -91,12 +91,13 @@ def test_by_epochs_another_cut_changes_no_validation(tmp_path):
     assert (killed / "checkpoints" / "best_step00000004.ckpt").exists()
 
 
-def test_the_last_step_by_epochs_is_validated_after_a_kill_too(tmp_path):
+@pytest.mark.parametrize("step", [2, 4, 5, 6])
+def test_the_last_step_by_epochs_is_validated_after_a_kill_too(tmp_path, step):
     options = [*EVERY, "trainer.val_check_interval=null", "trainer.check_val_every_n_epoch=2", "+trainer.max_epochs=3"]
     options += ["+trainer.limit_train_batches=2", "trainer.max_steps=20"]
     tiny_run(tmp_path / "straight", *options)
     assert validated(tmp_path / "straight") == [4, 6]
-    killed = killed_after(6, tmp_path / "killed", tmp_path / "straight")
+    killed = killed_after(step, tmp_path / "killed", tmp_path / "straight")
     tiny_run(killed, *options, "ckpt_path=auto")
     assert results(killed)["metrics"] == results(tmp_path / "straight")["metrics"]
 
@@ -129,6 +130,11 @@ def test_the_best_is_chosen_among_answers_to_the_same_questions(tmp_path):
     killed = killed_after(2, tmp_path / "killed", tmp_path / "straight")
     with pytest.raises(CheckpointError, match=r"data\.val_windows: 6 there, 4 here"):
         tiny_run(killed, *options, "data.val_windows=4", "ckpt_path=auto")
+    limited = [*options, "+trainer.limit_val_batches=1"]
+    tiny_run(tmp_path / "limited", *limited)
+    killed = killed_after(2, tmp_path / "killed too", tmp_path / "limited")
+    with pytest.raises(CheckpointError, match=r"data\.eval_batch_size: 4 there, 2 here"):
+        tiny_run(killed, *limited, "data.eval_batch_size=2", "ckpt_path=auto")
 
 
 @pytest.mark.parametrize("by", ["val/loss", "train/loss"])
