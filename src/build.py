@@ -17,7 +17,15 @@ from src.config import ConfigError, instantiate, suggest, to_plain
 from src.datamodules.task import TaskDataModule
 from src.evaluation.evaluators import TextEvaluator
 
-__all__ = ["CONFIG_DIR", "build_model", "check_measured", "compose_config", "model_from_config", "swept_over"]
+__all__ = [
+    "CONFIG_DIR",
+    "build_model",
+    "check_measured",
+    "compose_config",
+    "model_from_config",
+    "optimizer_without_kernels",
+    "swept_over",
+]
 
 
 def check_measured(
@@ -73,3 +81,13 @@ def model_from_config(model_config: dict[str, Any], device: str | torch.device =
     """Builds a model from the plain ``model`` section of a resolved configuration."""
     with torch.device(device):
         return instantiate(model_config, "model")
+
+
+def optimizer_without_kernels(section: dict[str, Any], net: Backbone) -> Any:
+    """The optimizer that a plain configuration describes, for a model on any device: no fused kernel knows "meta".
+
+    Raises:
+        ConfigError, ValueError: it cannot be built so, or not for this model.
+    """
+    unfused = section | ({"fused": False} if "fused" in section else {})
+    return instantiate(unfused, "optimizer")(net.named_parameters())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from src.build import check_measured, model_from_config
+from src.build import check_measured, model_from_config, optimizer_without_kernels
 from src.config import ConfigError, check, check_complete, instantiate, suggest, to_plain
 from src.evaluation.evaluators import lower_is_better
 
@@ -30,11 +30,8 @@ def checked(config: DictConfig) -> dict[str, Any]:
     net = model_from_config(plain["model"] | {"vocab_size": plain["model"]["vocab_size"] or 2}, device="meta")
     for section in ("loss", "scheduler"):
         instantiate(plain[section], section)
-    unfused = plain["optimizer"] | (
-        {"fused": False} if "fused" in plain["optimizer"] else {}
-    )  # there is no kernel for "meta"
     try:
-        instantiate(unfused, "optimizer")(net.named_parameters())
+        optimizer_without_kernels(plain["optimizer"], net)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return plain

@@ -179,21 +179,15 @@ class _EpochLoop(_TrainingEpochLoop):
         """Training ends after whole optimizer steps only: gradients of a part of one are in no checkpoint."""
         return super().done and not self._is_within_a_step()
 
-    def falls_due(self) -> bool:
-        """Whether the run asks for a validation after the batch that has just ended; a longer run would do the same there."""
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        """The last step of all is validated too, whatever ``val_check_interval`` says, as is the one after which a callback stops."""
         if self._is_within_a_step() or not self.trainer.enable_validation:
             return False
         trainer: Any = self.trainer
         clock = trainer._val_check_time_interval
         late = clock is not None and time.monotonic() - trainer._last_val_time >= clock
-        return late or is_validated(trainer, self.total_batch_idx + 1)
-
-    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
-        """The last step of all is validated too, whatever ``val_check_interval`` says, as is the one after which a callback stops."""
-        if self.falls_due():
+        if late or is_validated(trainer, self.total_batch_idx + 1):
             return True
-        if self._is_within_a_step() or not self.trainer.enable_validation:
-            return False
         stopped = self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
         if stopped or is_last(self.trainer, self.total_batch_idx + 1):
             self.trainer.lightning_module.note_extra_validation()  # type: ignore[operator, union-attr]

@@ -35,12 +35,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from src.build import optimizer_without_kernels
 from src.checkpoints.described import described_model
 from src.checkpoints.description import META, METADATA, OPTIMIZER, WEIGHTS, read_metadata
 from src.checkpoints.integrity import PREFIX, SUMS, sha256
 from src.checkpoints.optimizer_state import named, numbered
 from src.checkpoints.plain import check_plain, load_plain
-from src.config import instantiate
 from src.files import PART
 
 
@@ -195,9 +195,7 @@ def by_name(optimizer: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, 
     """
     try:
         net = described_model(checkpoint)
-        section = checkpoint["config"]["optimizer"]
-        section = section | ({"fused": False} if "fused" in section else {})
-        built = instantiate(section, "optimizer")(net.named_parameters())
+        built = optimizer_without_kernels(checkpoint["config"]["optimizer"], net)
         return named(optimizer, ((PREFIX + name, parameter) for name, parameter in net.named_parameters()), built)
     except (
         Exception

@@ -27,13 +27,6 @@ from tests.trust.watch import watched
 EVERY = ["callbacks.checkpoint.every_n_train_steps=1"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    tiny_run(folder, *EVERY)
-    return folder
-
-
 def shared() -> list:
     """A list that is written in a few bytes and has 2^40 ends."""
     node: list = []

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -18,13 +17,6 @@ from tests.runs import main as main_of
 from tests.trust.watch import watched
 
 EVERY = ["callbacks.checkpoint.every_n_train_steps=1"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    tiny_run(folder, *EVERY)
-    return folder
 
 
 @pytest.mark.parametrize(
