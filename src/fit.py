@@ -114,7 +114,7 @@ def _finish(trainer: L.Trainer, module: LanguageModel, path: Path, planned: int)
     module.ended = ending(trainer, planned)
     if module.ended["why"] != PLANNED:
         log.warning(f"training ended after step {module.ended['step']} of {planned}: {module.ended['why']}")
-    log_at_step(trainer, trainer.global_step)
+    log_at_step(trainer, trainer.global_step - 1)
     trainer.save_checkpoint(path)
 
 
@@ -152,7 +152,13 @@ def _has_stopped(callback: Any) -> bool:
 
 
 def log_at_step(trainer: L.Trainer, step: int, epoch: int | None = None) -> None:
-    """Under which step Lightning logs what follows, a test say: it knows only of steps that it has seen itself."""
+    """Under which step Lightning logs what follows, a test say: it knows only of steps that it has seen itself.
+
+    Args:
+        trainer: that logs.
+        step: counted from 0, as in all loggers: the last one of ten is step 9.
+        epoch: that it belongs to; None for the trainer's own.
+    """
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
     if epoch is not None:
         trainer.fit_loop.epoch_progress.current.completed = epoch
@@ -161,8 +167,23 @@ def log_at_step(trainer: L.Trainer, step: int, epoch: int | None = None) -> None
 class _FitLoop(_LightningFitLoop):
     before_end: Callable[[], None]
 
+    def on_advance_end(self) -> None:
+        """Callbacks are told of the end of an epoch, also of one that training breaks off, which a longer run would not have had there."""
+        limit: Any = self.trainer.limit_train_batches
+        if not isinstance(limit, int) or self.trainer.global_step * self.trainer.accumulate_grad_batches % limit:
+            self.trainer.lightning_module.note_extra_validation()  # type: ignore[operator, union-attr]
+        super().on_advance_end()
+
     def on_run_end(self) -> None:
-        """Writes the final checkpoint first: then what averages weights replaces those that training would go on with by the averages."""
+        """Writes the final checkpoint first: then what averages weights replaces those that training would go on with by the averages.
+
+        Before that, validates a last step after which a callback has stopped training too late for Lightning to do so.
+        """
+        module: Any = self.trainer.lightning_module
+        if self.trainer.enable_validation and module.validated_step != self.trainer.global_step:
+            module.note_extra_validation()
+            log_at_step(self.trainer, self.trainer.global_step - 1)
+            module.validate_now(max(self.epoch_progress.current.completed - 1, 0))
         self.before_end()
         super().on_run_end()
 

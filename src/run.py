@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from src.build import model_from_config
 from src.callbacks.guard import Guard, RollBack
-from src.callbacks.preemption import at_once
+from src.callbacks.preemption import Preemption, at_once
 from src.callbacks.throughput import Throughput
 from src.checkpoints.files import put_later_aside, read_checkpoint, to_resume
 from src.checkpoints.resume import (
@@ -226,7 +226,7 @@ def score(
     if plain["test"]:
         weights = checkpoint if over or not plain["train"] else None
         if weights is not None and opened is not None:
-            log_at_step(trainer, opened["global_step"], opened.get("epoch"))
+            log_at_step(trainer, max(opened["global_step"] - 1, 0), opened.get("epoch"))
         trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
         metrics = dict(trainer.callback_metrics)
     elif over and opened is not None:
@@ -340,6 +340,8 @@ def build_module(plain: dict[str, Any], net: Backbone, config_hash: str | None =
 def build_trainer(plain: dict[str, Any], **overrides: Any) -> L.Trainer:
     """Builds Lightning's Trainer with the configured callbacks and loggers."""
     callbacks = [instantiate(node, f"callbacks.{name}") for name, node in (plain.get("callbacks") or {}).items()]
+    # It saves where others are still to learn of the step, averages of weights say, unless it comes last.
+    callbacks.sort(key=lambda callback: isinstance(callback, Preemption))
     loggers = [instantiate(node, f"logger.{name}") for name, node in (plain.get("logger") or {}).items()]
     has_checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     return instantiate(

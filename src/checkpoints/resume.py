@@ -229,17 +229,33 @@ def recut(checkpoint: dict[str, Any], micro: int) -> None:
         count.update({name: ready - by for name, by in behind.items()})
 
 
-def begin_epoch(checkpoint: dict[str, Any]) -> None:
-    """Where a checkpoint was written after the end of an epoch, the next one begins: Lightning would end the same one once more.
+def set_epoch(checkpoint: dict[str, Any], limit: int | None, micro: int) -> None:
+    """Counts the epochs of a checkpoint by its step alone: Lightning counts one that training broke off as a whole one.
+
+    Where the step ends an epoch, one of which Lightning has told the callbacks is behind, and the next one begins.
 
     Args:
-        checkpoint: of a run with epochs, of which ``loops`` are changed.
+        checkpoint: of which ``loops`` are changed.
+        limit: batches of an epoch; None: there is one epoch, which never ends.
+        micro: batches of a step.
     """
     loop = (checkpoint.get("loops") or {}).get("fit_loop", {})
     epochs, batches = (loop.get(key) for key in ("epoch_progress", "epoch_loop.batch_progress"))
-    if epochs and batches and epochs["current"]["completed"] == epochs["current"]["ready"] > 0:
-        batches["current"] = dict.fromkeys(batches["current"], 0)
-        batches["is_last_batch"] = False
+    if not epochs or not batches or not checkpoint["global_step"]:
+        return
+    over, within = divmod(checkpoint["global_step"] * micro, limit) if limit else (0, checkpoint["global_step"] * micro)
+    told = epochs["current"]["completed"] == epochs["current"]["ready"] > 0
+    ended = within == 0
+    if ended and not told:
+        over, within = over - 1, limit or 0
+    begun = over if ended and told else over + 1
+    for count in (epochs["total"], epochs["current"]):
+        count.update(ready=begun, started=begun, processed=over, completed=over)
+    checkpoint["epoch"] = over
+    # What is behind the others by one is so because the checkpoint was written while a batch was being ended.
+    ready = batches["current"]["ready"]
+    batches["current"].update({name: within - min(ready - n, within) for name, n in batches["current"].items()})
+    batches["is_last_batch"] = ended and not told
 
 
 def check_states(checkpoint: dict[str, Any], callbacks: list[Any]) -> None:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from src.checkpoints.described import check_types, weights_of
 from src.checkpoints.integrity import CHECKPOINT_FORMAT
-from src.checkpoints.resume import begin_epoch, check_states, recut
+from src.checkpoints.resume import check_states, recut, set_epoch
 from src.components.backbone import Backbone
 from src.config import RunError
 from src.datamodules.stream import data_share, reads_alone
@@ -54,7 +54,8 @@ def is_validated(trainer: Any, batches: int) -> bool:
     batches, ends of epochs do not matter. The last batch that there is, without ``limit_train_batches``, is no end of an epoch: the
     stream is cut after the planned steps.
     """
-    every, limit, epochs = trainer.val_check_interval, trainer.limit_train_batches, trainer.check_val_every_n_epoch
+    every = getattr(trainer, "val_check_interval", None)  # where validations are asked for by time, there is none
+    limit, epochs = trainer.limit_train_batches, trainer.check_val_every_n_epoch
     if isinstance(every, int):
         return is_due(batches, every, trainer.accumulate_grad_batches)
     return isinstance(limit, int) and batches % limit == 0 and (epochs is None or batches // limit % epochs == 0)
@@ -352,8 +353,8 @@ class LanguageModel(L.LightningModule):
         for key in ("state_dict", "current_model_state"):  # the second of callbacks that average weights
             check_types(weights_of(checkpoint, key), self.net)
         recut(checkpoint, self.trainer.accumulate_grad_batches)
-        if isinstance(self.trainer.limit_train_batches, int):
-            begin_epoch(checkpoint)
+        limit = self.trainer.limit_train_batches
+        set_epoch(checkpoint, limit if isinstance(limit, int) else None, self.trainer.accumulate_grad_batches)
         self._unwritten = (checkpoint["global_step"] - 1, checkpoint.get("pending_metrics") or {})
         self._epoch = checkpoint["epoch"]
         self.seconds_before = checkpoint.get("seconds") or 0.0
@@ -397,19 +398,26 @@ class LanguageModel(L.LightningModule):
         if due and missing and trainer.enable_validation:
             # Lightning takes a checkpoint before the validation of its step, and does not come back to it.
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._trained.items()})
-            trainer.validating = True
-            validation = trainer.fit_loop.epoch_loop.val_loop
-            validation.restarting = False  # or it would leave out as many batches as an earlier validation had read
-            # After the last step of all Lightning has already moved on to another epoch; what is logged belongs to that of the step.
-            epoch = trainer.fit_loop.epoch_progress.current
-            epoch.completed, now = self._epoch, epoch.completed
-            validation.run()
-            epoch.completed = now
-            trainer.training = True
+            self.validate_now(self._epoch)
         self._end_the_epoch_that_was_over()
         # That training was to end is in no state of a trainer.
         stopped = any(c.stopping_reason_message is not None for c in self._early_stopping)
         trainer.should_stop = trainer.should_stop or stopped
+
+    def validate_now(self, epoch: int) -> None:
+        """Validates between two steps, as Lightning would have in the last one.
+
+        Args:
+            epoch: that the last step belongs to; Lightning may already have moved on to another one.
+        """
+        self.trainer.validating = True
+        validation = self.trainer.fit_loop.epoch_loop.val_loop
+        validation.restarting = False  # or it would leave out as many batches as an earlier validation had read
+        progress = self.trainer.fit_loop.epoch_progress.current
+        progress.completed, now = epoch, progress.completed
+        validation.run()
+        progress.completed = now
+        self.trainer.training = True
 
     @property
     def _early_stopping(self) -> list[EarlyStopping]:
@@ -417,8 +425,11 @@ class LanguageModel(L.LightningModule):
         return [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
 
     def note_extra_validation(self) -> None:
-        """A validation follows that a longer run would not have had: checkpoints keep what early stopping has known before it."""
-        self.states_before_extra = {c.state_key: c.state_dict() for c in self._early_stopping}
+        """A validation, or an end of an epoch, follows that a longer run would not have had: checkpoints keep what early stopping has known
+        before the first of them."""
+        self.states_before_extra = self.states_before_extra or {
+            c.state_key: c.state_dict() for c in self._early_stopping
+        }
 
     def _end_the_epoch_that_was_over(self) -> None:
         """Callbacks are told of the end of an epoch whose last step a checkpoint holds: Lightning goes on behind it."""

@@ -1,21 +1,16 @@
-"""tokenizer.json files of others: what is checked before the library sees them, and how its failures are told.
+"""tokenizer.json files of others: what is checked before the library sees them (in a process apart: ``apart.py``).
 
-The library is written in Rust and trusts its input: an id of four thousand million makes it, or us, ask for that much
-memory, and a file that is wrong in an unforeseen way can make it panic, which reaches Python as a BaseException.
-Loading reads this one file, all of whose contents are data.
+An id of four thousand million would make the library, or us, ask for that much memory. Loading reads this one file, all
+of whose contents are data.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
+from src.datamodules.corpora.apart import Apart
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.files import open_regular, printable
-from src.datamodules.corpora.steps import check_steps
 
 LARGEST_FILE = 2**28
 LARGEST_ID = 2**24
@@ -34,26 +29,10 @@ def read_definition(path: Path) -> str:
         raise CorpusError(f"tokenizer {printable(path)} cannot be read: {error}") from error
 
 
-def parse(definition: str) -> tokenizers.Tokenizer:
-    """Return the library's tokeniser; CorpusError if the definition is none, or has ids or steps beyond all measure."""
+def parse(definition: str) -> Apart:
+    """Return the tokeniser; CorpusError if the definition is none, or has ids beyond all measure."""
     _check(definition)
-    with library_errors("it is refused"):
-        return tokenizers.Tokenizer.from_str(definition)
-
-
-@contextlib.contextmanager
-def library_errors(what: str) -> Iterator[None]:
-    """Turn what the library raises, panics included, into a CorpusError that begins with `what`."""
-    try:
-        yield
-    except CorpusError:
-        raise
-    except Exception as error:  # the binding raises bare Exception
-        raise CorpusError(f"{what} ({error})") from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # not to be imported; an interrupt is none
-            raise
-        raise CorpusError(f"{what} (the tokenizers library failed: {error})") from None
+    return Apart(definition)
 
 
 def _check(definition: str) -> None:
@@ -78,7 +57,6 @@ def _check(definition: str) -> None:
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         raise CorpusError("its added_tokens are not a list of tokens")
     check_ids(ids + [token.get("id") for token in added])
-    check_steps(data)
 
 
 def check_ids(ids: list[Any]) -> None:

@@ -10,8 +10,6 @@ they rewrite, which `Corpus.bytes_ratio` makes up for.
 """
 
 import functools
-import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +21,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from src.datamodules.corpora.definitions import check_ids, library_errors, parse, read_definition
+from src.datamodules.corpora.apart import Description
+from src.datamodules.corpora.definitions import check_ids, parse, read_definition
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.files import content_digest, printable
 
@@ -51,27 +50,20 @@ class Tokenizer:
     """
 
     def __init__(self, definition: str, bos: str, eos: str) -> None:
-        _guard_forks()
         self.definition = definition
         self.bos, self.eos = bos, eos
         self._backend = parse(definition)
-        with library_errors("it cannot be used"):
-            self._backend.encode_special_tokens = True
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            # It would only add special tokens, which are put in elsewhere, and may repeat the text.
-            self._backend.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
-            vocabulary = self._backend.get_vocab(with_added_tokens=True)
-            ids = [*vocabulary.values(), *self._backend.get_added_tokens_decoder()]
-            check_ids(ids)  # again: the library may have given tokens other ids than the file
-            self.vocab_size = max(ids) + 1
-            self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
-            self.bytes_per_token = _bytes_per_token(self._backend, self.vocab_size)
+        description = self._backend.description
+        ids = [*description.vocabulary.values(), *(index for index, _, _ in description.added)]
+        check_ids(ids)  # again: the library may have given tokens other ids than the file
+        self.vocab_size = max(ids) + 1
+        self.bos_id, self.eos_id = description.vocabulary[bos], description.vocabulary[eos]
+        self.bytes_per_token = _bytes_per_token(description, self.vocab_size)
         self.bytes_per_token[[self.bos_id, self.eos_id]] = 0
         self._ids_are_bytes = definition == _byte_definition()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the definition: the backend's own pickle would forget how to treat special tokens."""
+        """Pickle as the definition."""
         return Tokenizer, (self.definition, self.bos, self.eos)
 
     @classmethod
@@ -91,7 +83,6 @@ class Tokenizer:
         """
         if vocab_size < 258:
             raise CorpusError(f"vocab_size={vocab_size} is too small for BPE: 256 bytes, BOS and EOS need 258")
-        _guard_forks()
         backend = tokenizers.Tokenizer(models.BPE())
         words = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = words  # pyright: ignore[reportAttributeAccessIssue]
@@ -122,14 +113,14 @@ class Tokenizer:
         """
         definition = read_definition(Path(path))
         try:
-            backend = parse(definition)
-            with library_errors("it cannot be used"):
-                vocabulary = backend.get_vocab(with_added_tokens=True)
-                special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+            description = parse(definition).description
         except CorpusError as error:
             raise CorpusError(
                 f"tokenizer {printable(path)} is not a tokenizer.json of Hugging Face tokenizers: {error}"
             ) from error
+
+        vocabulary = description.vocabulary
+        special = [token for _, token, is_special in description.added if is_special]
 
         def choose(option: str, given: str | None, usual: Sequence[str]) -> str:
             for name in usual if given is None else (given,):
@@ -144,9 +135,11 @@ class Tokenizer:
 
         chosen = choose("bos", bos, USUAL_BOS), choose("eos", eos, USUAL_EOS)
         try:
-            return cls(definition, *chosen)
+            opened = cls(definition, *chosen)
         except CorpusError as error:
             raise CorpusError(f"tokenizer {printable(path)}: {error}") from error
+        opened._backend.name = f"tokenizer {printable(path)}"
+        return opened
 
     def save(self, path: str | Path) -> None:
         """Write the definition as a tokenizer.json."""
@@ -160,22 +153,17 @@ class Tokenizer:
         """Encode each text, on all cores.
 
         Texts longer than 2^20 characters are encoded in pieces cut after a line, which bounds the memory they take.
+        Raises CorpusError where that takes too long (``apart.py``).
         """
         if self._ids_are_bytes:
             return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
         cut = [list(_pieces(text, _PIECE_CHARACTERS)) for text in texts]
-        with library_errors("the tokeniser cannot encode the text"):
-            encodings = self._backend.encode_batch_fast(
-                [piece for pieces in cut for piece in pieces], add_special_tokens=False
-            )
-        ids = iter([np.array(encoding.ids, dtype=np.int64) for encoding in encodings])
+        ids = iter(self._backend.encode_batch([piece for pieces in cut for piece in pieces]))
         return [np.concatenate([next(ids) for _ in pieces]) for pieces in cut]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; special tokens vanish, and bytes that are not UTF-8 become U+FFFD."""
-        numbers = [int(token) for token in ids]
-        with library_errors("the tokeniser cannot decode its tokens"):
-            return self._backend.decode(numbers, skip_special_tokens=True)
+        return self._backend.decode(ids)
 
 
 @dataclass(frozen=True)
@@ -258,25 +246,22 @@ def _byte_definition() -> str:
     return backend.to_str()
 
 
-def _bytes_per_token(backend: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
+def _bytes_per_token(description: Description, vocab_size: int) -> np.ndarray:
     """Count the bytes of text behind each id: int64 [vocab_size]. Exact for byte-level vocabularies."""
-    definition = json.loads(backend.to_str())
-    byte_level = '"ByteLevel"' in json.dumps([definition["pre_tokenizer"], definition["decoder"]])
-    byte_fallback = bool(definition["model"].get("byte_fallback"))
     alphabet = _byte_alphabet()
 
     def size(token: str) -> int:
-        if byte_level and all(character in alphabet for character in token):
+        if description.byte_level and all(character in alphabet for character in token):
             return len(token)
-        if byte_fallback and len(token) == 6 and token.startswith("<0x"):
+        if description.byte_fallback and len(token) == 6 and token.startswith("<0x"):
             return 1
         return len(token.replace("\u2581", " ").encode())  # SentencePiece's mark for a space
 
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for token, index in backend.get_vocab(with_added_tokens=False).items():
+    for token, index in description.own.items():
         counts[index] = size(token)
-    for index, added in backend.get_added_tokens_decoder().items():
-        counts[index] = 0 if added.special else len(added.content.encode())
+    for index, content, special in description.added:
+        counts[index] = 0 if special else len(content.encode())
     return counts
 
 
@@ -329,25 +314,3 @@ class _TrainingText:
             start = end
         if start < len(piece):
             yield piece[start:]
-
-
-@functools.cache
-def _guard_forks() -> None:
-    """Let a forked process (a data-loading worker) use tokenisers on one thread, without a warning.
-
-    The threads of the library do not survive a fork, so it must know before one that the child is to do without them.
-    The variable is set around forks only, so that the parent keeps its threads; a value set by the user stays.
-    """
-    variable = "TOKENIZERS_PARALLELISM"
-    ours: list[bool] = []
-
-    def before() -> None:
-        ours.append(variable not in os.environ)
-        os.environ.setdefault(variable, "false")
-
-    def after_in_parent() -> None:
-        if ours.pop():
-            del os.environ[variable]
-
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=before, after_in_parent=after_in_parent)

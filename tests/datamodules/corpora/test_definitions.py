@@ -72,27 +72,6 @@ class TestForeignDefinitions:
         with pytest.raises(CorpusError, match=r"t\.json .*dropout"):
             self.load(tmp_path / "t.json", definition)
 
-    @pytest.mark.parametrize("section", ["normalizer", "pre_tokenizer", "decoder"])
-    @pytest.mark.parametrize(
-        ("pattern", "content", "times"),
-        [
-            *(({"String": "a"}, 9, 1), ({"String": "abc"}, 25, 1), ({"String": ""}, 1, 1), ({"Regex": "a+"}, 65, 1)),
-            *(({"String": "a"}, 8, 4), ({"Regex": "a"}, 64, 2)),
-        ],
-    )
-    def test_steps_that_multiply_a_text(self, tmp_path, definition, section, pattern, content, times):
-        replace = {"type": "Replace", "pattern": pattern, "content": "a" * content}
-        inner = {"type": "Sequence", "normalizers": [replace] * times}
-        definition[section] = {"type": "Sequence", "normalizers": [inner]}
-        with pytest.raises(CorpusError, match=rf"t\.json .*Replace.* of its {section}.*at most \d+"):
-            self.load(tmp_path / "t.json", definition)
-
-    def test_steps_that_lengthen_a_text_a_little(self, tmp_path, definition):
-        pairs = (({"String": "c"}, "ab" * 4), ({"Regex": " {2,}"}, "ab" * 32), ({"String": "d"}, ""))
-        steps = [{"type": "Replace", "pattern": pattern, "content": content} for pattern, content in pairs]
-        definition["normalizer"] = {"type": "Sequence", "normalizers": steps}
-        assert self.load(tmp_path / "t.json", definition).encode("cd").tolist() == [0, 1] * 4
-
     def test_bytes_without_an_end(self, tmp_path, monkeypatch):
         monkeypatch.setattr(definitions, "LARGEST_FILE", 1000)
         with pytest.raises(CorpusError, match=r"t\.json cannot be read: .*larger than 1000 bytes"):
@@ -105,16 +84,6 @@ class TestForeignDefinitions:
     def test_paths_that_cannot_be(self, kind):
         with pytest.raises(CorpusError, match="nor the path"):
             TokenizerOptions(kind)
-
-    def test_panics_are_errors_and_interrupts_stay(self):
-        panic = type("PanicException", (BaseException,), {})
-        with (
-            pytest.raises(CorpusError, match="t.json .*failed: index out of bounds"),
-            definitions.library_errors("t.json"),
-        ):
-            raise panic("index out of bounds")
-        with pytest.raises(KeyboardInterrupt), definitions.library_errors("t.json"):
-            raise KeyboardInterrupt
 
     def test_nothing_else_is_opened(self, tmp_path, definition):
         """In a process of its own, because a hook stays for ever."""
@@ -152,7 +121,7 @@ class TestForeignDefinitions:
             with contextlib.suppress(CorpusError):
                 tokenizer.decode(tokenizer.encode("abc word a <s> é\n" * 3))
         assert 100 < refused < 400
-        capfd.readouterr()  # the library tells of its panics on stderr
+        assert capfd.readouterr().err == ""  # where the library would tell of its panics
 
 
 def every_kind_of_definition() -> list[dict[str, Any]]:
