@@ -27,7 +27,7 @@ from src.callbacks.preemption import Preempted, wait_for_files
 from src.config import RunError
 from src.config.errors import printable
 from src.datamodules.base import StreamDataModule
-from src.modules.language_model import LanguageModel, is_last, is_validated
+from src.modules.language_model import LanguageModel, epoch_of, is_last, is_validated
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +114,8 @@ def _finish(trainer: L.Trainer, module: LanguageModel, path: Path, planned: int)
     module.ended = ending(trainer, planned)
     if module.ended["why"] != PLANNED:
         log.warning(f"training ended after step {module.ended['step']} of {planned}: {module.ended['why']}")
-    log_at_step(trainer, trainer.global_step - 1)
     trainer.save_checkpoint(path)
+    log_at_step(trainer, trainer.global_step)
 
 
 PLANNED = "as planned"
@@ -151,17 +151,15 @@ def _has_stopped(callback: Any) -> bool:
     return isinstance(callback, EarlyStopping) and callback.stopping_reason_message is not None
 
 
-def log_at_step(trainer: L.Trainer, step: int, epoch: int | None = None) -> None:
+def log_at_step(trainer: L.Trainer, step: int) -> None:
     """Under which step Lightning logs what follows, a test say: it knows only of steps that it has seen itself.
 
     Args:
         trainer: that logs.
-        step: counted from 0, as in all loggers: the last one of ten is step 9.
-        epoch: that it belongs to; None for the trainer's own.
+        step: how many are done; loggers count them from 0.
     """
-    trainer.fit_loop.epoch_loop._batches_that_stepped = step
-    if epoch is not None:
-        trainer.fit_loop.epoch_progress.current.completed = epoch
+    trainer.fit_loop.epoch_loop._batches_that_stepped = max(step - 1, 0)
+    trainer.fit_loop.epoch_progress.current.completed = epoch_of(trainer, step)
 
 
 class _FitLoop(_LightningFitLoop):
@@ -182,8 +180,8 @@ class _FitLoop(_LightningFitLoop):
         module: Any = self.trainer.lightning_module
         if self.trainer.enable_validation and module.validated_step != self.trainer.global_step:
             module.note_extra_validation()
-            log_at_step(self.trainer, self.trainer.global_step - 1)
-            module.validate_now(max(self.epoch_progress.current.completed - 1, 0))
+            self.epoch_loop._batches_that_stepped = self.trainer.global_step - 1
+            module.validate_now(epoch_of(self.trainer, self.trainer.global_step))
         self.before_end()
         super().on_run_end()
 

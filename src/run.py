@@ -226,7 +226,7 @@ def score(
     if plain["test"]:
         weights = checkpoint if over or not plain["train"] else None
         if weights is not None and opened is not None:
-            log_at_step(trainer, max(opened["global_step"] - 1, 0), opened.get("epoch"))
+            log_at_step(trainer, opened["global_step"])
         trainer.test(module, datamodule, ckpt_path=weights, verbose=False, weights_only=True)
         metrics = dict(trainer.callback_metrics)
     elif over and opened is not None:

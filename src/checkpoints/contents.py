@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from src.checkpoints.integrity import CHECKPOINT_FORMAT
@@ -47,6 +48,8 @@ def check_contents(checkpoint: Any) -> None:
     for name, part in _parts(checkpoint):
         if isinstance(part, Tensor) and not is_filled(part):
             raise ValueError(f"{name!r} is no plain tensor whose numbers lie in the file")
+        if callable(part) or isinstance(part, torch.dtype):
+            raise ValueError(f"{name!r} is no value")
     for key, kind in (_NEEDED | _OPTIONAL).items():
         value = checkpoint.get(key)
         right = (
@@ -58,6 +61,9 @@ def check_contents(checkpoint: Any) -> None:
         raise ValueError(f"its 'global_step' is not from 0 to {MOST_STEPS:,}")
     if not 0 <= (checkpoint.get("seconds") or 0) < MOST_STEPS:
         raise ValueError("its 'seconds' are no time")
+    for key, kind in (("why", str), ("step", int), ("planned", int)):
+        if not isinstance((checkpoint.get("ended") or {}).get(key), kind | None):
+            raise ValueError(f"its 'ended' has a {key!r} of another kind")
     _check_kept(checkpoint)
     _check_optimizers(checkpoint)
     _check_progress(checkpoint)

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,9 +120,10 @@ def newest_first(folder: Path) -> list[Path]:
     rank = {"final.ckpt": 0, "last.ckpt": 2}
     numbered = (path for path in folder.glob("step*.ckpt") if step_of(path) >= 0)
     named = (folder / "last.ckpt", *numbered, folder / "final.ckpt")
-    there = {
-        os.path.realpath(path): path for path in named if path.is_file() or path.is_dir()
-    }  # who opens a pipe waits for its other end
+    there: dict[tuple[int, int], Path] = {}  # one that has several names, by links of whichever kind, is looked at once
+    for path in named:
+        if path.is_file() or path.is_dir():  # who opens a pipe waits for its other end
+            there[(status := path.stat()).st_dev, status.st_ino] = path
     return sorted(there.values(), key=lambda path: (-_recorded_step(path), rank.get(path.name, 1), path.name))
 
 
@@ -180,10 +182,7 @@ def find_checkpoint(path: Path) -> Path:
         there = newest_first(folder)
         if (whole := first_whole(there)) is not None:
             return whole
-        nearby = (
-            file for depth in range(4) for file in path.glob("*/" * depth + "*.ckpt")
-        )  # whatever lies below: not for ever
-        found = sorted(printable(file.relative_to(path)) for file in nearby)[:5]
+        found = [printable(file.relative_to(path)) for file in _nearby(path)]
         if there:
             raise CheckpointError(f"ckpt_path={shown}: every checkpoint in it is damaged: {', '.join(found)}")
         hint = f"it holds {', '.join(found)}" if found else "it holds no .ckpt file"
@@ -203,6 +202,16 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
+def _nearby(folder: Path) -> list[Path]:
+    """Some checkpoints below a folder: links are not followed, and not all of a large tree is looked through."""
+    found: list[Path] = []
+    for where, folders, files in islice(os.walk(folder), 1000):
+        found += [Path(where) / name for name in sorted(files) if name.endswith(".ckpt")]
+        if len(Path(where).relative_to(folder).parts) >= 3 or len(found) >= 5:
+            folders.clear()
+    return sorted(found)[:5]
+
+
 def to_resume(path: str | None, output_dir: Path) -> Path | None:
     """Where a run goes on from.
 
@@ -218,6 +227,9 @@ def to_resume(path: str | None, output_dir: Path) -> Path | None:
         return None
     if path == "auto":
         folder = output_dir / "checkpoints"
+        if folder.is_dir() and not newest_first(folder) and (best := sorted(folder.glob("best_*.ckpt"))):
+            # Killed before the first of the others; a best one is as whole as they are.
+            return first_whole(sorted(best, key=_recorded_step, reverse=True))
         return find_checkpoint(output_dir) if folder.is_dir() and any(folder.glob("*.ckpt")) else None
     asked = Path(path).expanduser()
     found = find_checkpoint(asked)

@@ -6,6 +6,7 @@ Whether what they say is a checkpoint of this project, ``files.py`` asks.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -52,6 +53,8 @@ def _damaged_folder(path: Path) -> str | None:
     if odd := next((name for name in written if not re.fullmatch(r"[\w.-]+", name)), None):
         return f"its {SUMS} names {odd!r}, which is no file of this folder"
     for name in sorted(written.keys() | {".metadata"} | {file.name for file in path.glob("*.distcp")}):
+        if (path / name).is_symlink():
+            return f"{name!r} is a link"
         if not (path / name).is_file():
             return f"{name!r} is missing"
         if written.get(name) != sha256(path / name):
@@ -65,11 +68,13 @@ def _start_of(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
+    """Of a file's bytes, in hexadecimal digits; of as many as it says it has, because some of the system's never end."""
     found = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        left = os.fstat(file.fileno()).st_size
+        while chunk := file.read(min(_CHUNK, left)):
             found.update(chunk)
+            left -= len(chunk)
     return found.hexdigest()
 
 

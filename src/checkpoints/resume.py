@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from src.checkpoints.files import CheckpointError
 from src.config import ConfigError
@@ -160,6 +164,13 @@ def check_steps_left(checkpoint: dict[str, Any], plain: dict[str, Any], path: st
             f"ckpt_path={path} is at step {step}, and trainer.max_steps={last}: nothing is left to train. "
             "Raise trainer.max_steps, or test it with train=false"
         )
+    limit, epochs = plain["trainer"].get("limit_train_batches"), plain["trainer"].get("max_epochs")
+    batches = step * (plain["trainer"].get("accumulate_grad_batches") or 1)
+    if isinstance(limit, int) and isinstance(epochs, int) and 0 < epochs * limit < batches:
+        raise CheckpointError(
+            f"ckpt_path={path} is at step {step}, in epoch {batches // limit + 1}, and trainer.max_epochs={epochs}: nothing is left to "
+            "train. Raise trainer.max_epochs, or test it with train=false"
+        )
     if not own and is_over(checkpoint, plain):
         why = printable(str(checkpoint["ended"].get("why"))[:200])
         raise CheckpointError(
@@ -269,6 +280,34 @@ def check_states(checkpoint: dict[str, Any], callbacks: list[Any]) -> None:
             kinds = (int, float) if type(value) in (int, float) else type(value)
             if value is not None and given is not None and not isinstance(given, kinds):
                 raise ValueError(f"the state of {type(callback).__name__} has {name!r} of type {type(given).__name__}")
+            if (
+                isinstance(value, Tensor)
+                and isinstance(given, Tensor)
+                and (given.is_complex() or given.numel() != value.numel())
+            ):
+                raise ValueError(
+                    f"the state of {type(callback).__name__} has a {name!r} that is no {value.numel()} numbers"
+                )
+
+
+def forget_files_elsewhere(checkpoint: dict[str, Any], callbacks: list[Any]) -> None:
+    """Callbacks that keep checkpoints remove the oldest in time: they are to know of none outside of their own folder.
+
+    Args:
+        checkpoint: of which the states of callbacks are changed.
+        callbacks: of this trainer.
+    """
+    for callback in callbacks:
+        state = (checkpoint.get("callbacks") or {}).get(callback.state_key)
+        if not isinstance(callback, ModelCheckpoint) or not isinstance(state, dict):
+            continue
+        own = os.path.realpath(str(callback.dirpath))
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            if key in state and os.path.dirname(os.path.realpath(str(state[key]))) != own:
+                state[key] = ""
+        if isinstance(state.get("best_k_models"), dict):
+            kept = state["best_k_models"].items()
+            state["best_k_models"] = {k: v for k, v in kept if os.path.dirname(os.path.realpath(str(k))) == own}
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

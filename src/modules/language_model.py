@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from src.checkpoints.described import check_types, weights_of
 from src.checkpoints.integrity import CHECKPOINT_FORMAT
-from src.checkpoints.resume import check_states, recut, set_epoch
+from src.checkpoints.resume import check_states, forget_files_elsewhere, recut, set_epoch
 from src.components.backbone import Backbone
 from src.config import RunError
 from src.datamodules.stream import data_share, reads_alone
@@ -33,6 +33,12 @@ from src.reporting.csv_log import CSVLog
 def is_log_step(trainer: Any, step: int) -> bool:
     """Whether metrics of the ``step``-th optimizer step (counted from 1) are logged."""
     return step % trainer.log_every_n_steps == 0
+
+
+def epoch_of(trainer: Any, step: int) -> int:
+    """The epoch, counted from 0, that a trainer's optimizer step (counted from 1) belongs to; without a limit there is but one."""
+    limit: Any = trainer.limit_train_batches
+    return max(step * trainer.accumulate_grad_batches - 1, 0) // limit if isinstance(limit, int) and limit > 0 else 0
 
 
 def is_due(batches: int, every: int, micro: int) -> bool:
@@ -350,13 +356,14 @@ class LanguageModel(L.LightningModule):
             ValueError: states in the checkpoint are not those of this trainer's parts.
         """
         check_states(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
+        forget_files_elsewhere(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
         for key in ("state_dict", "current_model_state"):  # the second of callbacks that average weights
             check_types(weights_of(checkpoint, key), self.net)
         recut(checkpoint, self.trainer.accumulate_grad_batches)
         limit = self.trainer.limit_train_batches
         set_epoch(checkpoint, limit if isinstance(limit, int) else None, self.trainer.accumulate_grad_batches)
         self._unwritten = (checkpoint["global_step"] - 1, checkpoint.get("pending_metrics") or {})
-        self._epoch = checkpoint["epoch"]
+        self._epoch = epoch_of(self.trainer, checkpoint["global_step"])
         self.seconds_before = checkpoint.get("seconds") or 0.0
         self.ended = checkpoint.get("ended")
         validated: dict[str, Any] = checkpoint.get("validated") or {"metrics": {}, "counts": {}}

@@ -78,6 +78,7 @@ def draw(variants: list[Variant], path: Path, title: str) -> Path:
                     level, color="grey" if one else f"C{i % 10}", linestyle=":", label="chance" if one else None
                 )
     for axes in (loss_axes, metric_axes):
+        axes.yaxis.label.set_parse_math(False)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     for text in metric_axes.legend(frameon=False, fontsize="small" if len(variants) > 4 else None).get_texts():

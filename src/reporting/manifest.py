@@ -77,7 +77,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         "selections", {}
     )
     plan["published"] = plan.get("published") or {}
+    folders: dict[str, int] = {}
     for number, job in enumerate(plan["jobs"]):
+        # Each run is read for its own job: one for all of them would be read thousands of times.
+        where = os.path.realpath(path.parent / job["folder"])
+        if where in folders:
+            raise Unreadable(f"jobs.{number}.folder: the same as that of jobs.{folders[where]}")
+        folders[where] = number
         for key, known in (("task", metrics), ("variant", plan["variants"])):
             if job[key] not in known:
                 raise Unreadable(f"jobs.{number}.{key}: {job[key][:80]!r} is none of those that it lists")

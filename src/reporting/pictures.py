@@ -312,7 +312,7 @@ def _quiet(axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_color(COLORS["line"])
     axes.tick_params(color=COLORS["line"], labelcolor=COLORS["muted"], labelsize=8)
     for side in (axes.xaxis.label, axes.yaxis.label):
-        side.set(fontsize=8.5, color=COLORS["muted"])
+        side.set(fontsize=8.5, color=COLORS["muted"], parse_math=False)
 
 
 def _literal(axes: Axes) -> None:

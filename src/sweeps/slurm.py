@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import time
 from collections.abc import Callable
@@ -104,7 +105,10 @@ class Slurm:
             raise ConfigError(
                 f"{records} is a link to {str(records.readlink())!r}: what is submitted would be written there. Remove it"
             )
-        executor = self.executor(records / "%j")
+        # A new one, which nobody can have filled: submitit runs what lies where it means to write.
+        own = records / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{secrets.token_hex(4)}"
+        own.mkdir(parents=True)
+        executor = self.executor(own / "%j")
         with executor.batch():
             submitted = [executor.submit(run_job, job, root) for job in missing]
         for job, handle in zip(missing, submitted, strict=True):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -177,11 +178,26 @@ def test_a_folder_outside_is_at_most_read_as_a_run(tmp_path):
     )
     plan = json.loads(sweep.path.read_text())
     plan["jobs"][0]["folder"], plan["jobs"][1]["folder"] = "/etc", "../" * 40 + "proc/self"
-    plan["jobs"][2]["folder"] = plan["jobs"][3]["folder"]
+    third, last = (sweep.path.parent / plan["jobs"][i]["folder"] for i in (2, 3))
+    shutil.rmtree(third)
+    shutil.copytree(last, third)
     write(sweep.path, json.dumps(plan))
     found = SweepResults(sweep.path)
     assert [row["status"] for row in found.rows] == ["planned", "planned", "of another configuration", "finished"]
     write_report([found], tmp_path / "out")
+
+
+def test_names_of_metrics_are_no_formulas(tmp_path):
+    """In curves, rates and costs too: one that cannot be set would be the end of the whole report."""
+    sweep = make_sweep(tmp_path, tasks=("Depo",), variants=("A", "B"), rates=(1e-3, 2e-3), seeds=(1, 2), failed=0)
+    for path in tmp_path.rglob("*"):
+        if path.suffix in (".json", ".csv"):
+            text = path.read_text()
+            path.write_text(text.replace("/accuracy", "/$\\\\frac{a}$" if path.suffix == ".json" else "/$\\frac{a}$"))
+    found = SweepResults(sweep.path)
+    assert found.plan["metrics"]["Depo"].endswith("$\\frac{a}$")
+    write_report([found], tmp_path / "out", pictures=True)
+    assert (tmp_path / "out" / "index.html").exists()
 
 
 def test_names_that_are_no_text_are_shown_all_the_same(tmp_path, capsys):
@@ -351,7 +367,8 @@ def test_an_absurd_score_is_told_apart_from_a_missing_one(tmp_path):
 
 
 def job(number: int, variant: str = "a0", seed: int = 1) -> dict:
-    said = {"name": "h", "task": "t0", "variant": variant, "settings": {"k": number}, "folder": "f", "command": "c"}
+    said = {"name": "h", "task": "t0", "variant": variant, "settings": {"k": number}, "command": "c"}
+    said["folder"] = f"f{number}-{variant}-{seed}"
     return said | {"seed": seed, "learning_rate": 0.1}
 
 
@@ -379,6 +396,7 @@ def listed(metrics: int = 1, variants: int = 1, expect: int = 0, jobs: list | No
         (listed(expect=5000, jobs=[job(0, seed=i) for i in range(11)]), "jobs: 55,000 seeds .*; at most 50,000"),
         (listed(jobs=[job(i) for i in range(20_001)]), "jobs: list should have at most 20000"),
         (listed() | {"variants": ["x" * 5000]}, "variants.0: string should have at most 200"),
+        (listed(jobs=[job(1), job(2), job(1)]), "jobs.2.folder: the same as that of jobs.0"),
     ],
 )
 def test_a_manifest_that_lists_too_much_is_unreadable(tmp_path, capsys, plan, named):

@@ -73,6 +73,26 @@ def test_jobs_run_through_the_local_executor(tmp_path):
     assert all(not Run(job.folder(tmp_path / "jobs")).record["earlier"] for job in jobs)
 
 
+def test_every_submission_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    """What lies under a number that a job will have, submitit would run."""
+    asked: list[Path] = []
+
+    class Refused(Exception):
+        pass
+
+    def executor(self: Slurm, folder: Path) -> None:
+        asked.append(folder)
+        assert list(folder.parent.iterdir()) == []
+        raise Refused
+
+    monkeypatch.setattr(Slurm, "executor", executor)
+    for _ in range(2):
+        with pytest.raises(Refused):
+            Slurm(cluster="local").run(plan().jobs()[:1], tmp_path / "jobs", lambda *_: None)
+    assert asked[0] != asked[1]
+    assert all(tmp_path / "submitit" in folder.parents for folder in asked)
+
+
 def test_a_job_that_another_sweep_has_is_left_alone(tmp_path):
     job = plan().jobs()[0]
     lock = Lock(job.folder(tmp_path))

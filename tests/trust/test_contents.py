@@ -247,7 +247,6 @@ STATES = {
     "moments that are words": lambda c: moments(c, exp_avg=lambda m: "much"),
     "many steps at once": lambda c: moments(c, step=lambda m: torch.zeros(3)),
     "parameters that are words": lambda c: group(c).update(params=["a"] * len(group(c)["params"])),
-    "kept by words": lambda c: kept(c, "Checkpoints").update(best_k_models={"a": "b"}),
     "kept that are none": lambda c: kept(c, "Checkpoints").update(best_k_models=5),
     "kept under no name": lambda c: kept(c, "Checkpoints").update(last_model_path=5),
     "a time without end": lambda c: c.update(seconds=10**400),
@@ -261,6 +260,9 @@ STATES = {
     "time that runs backwards": lambda c: kept(c, "Throughput").update(waited=-1.0),
     "a weight of another shape": lambda c: c["state_dict"].update({next(iter(c["state_dict"])): torch.zeros(3)}),
     "a weight too few": lambda c: c["state_dict"].pop(next(iter(c["state_dict"]))),
+    "an end that is a kind of numbers": lambda c: c.update(ended={"why": "x", "step": torch.float32}),
+    "an end at no step": lambda c: c.update(ended={"why": "x", "step": "y"}),
+    "a function": lambda c: c["config"]["model"].update(mixers={"T": torch._utils._rebuild_tensor_v2}),
     "words for a speed": lambda c: c["callbacks"].update(Throughput={"tokens": "x", "seconds": 1.0}),
 }
 

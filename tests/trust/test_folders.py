@@ -3,11 +3,16 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.checkpoints.__main__ import main
+from src.checkpoints.files import newest_first
+from src.checkpoints.integrity import damage
 from src.checkpoints.sharded import write_shards
 from src.config import ConfigError
 from src.reporting.runs import find_runs
@@ -142,6 +147,67 @@ def test_a_link_in_a_circle_leads_nowhere(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "loop").symlink_to("loop")
     tiny_run(tmp_path / "run", *EVERY, "trainer.max_steps=5", "ckpt_path=auto")
+
+
+def test_folders_without_a_checkpoint_are_not_searched_for_ever(tmp_path):
+    """Links to themselves are thousands of folders in three levels, and one to / is the machine."""
+    for i in range(80):
+        (tmp_path / f"{i}").symlink_to(".")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "mine.ckpt").touch()
+    with watched(tmp_path, seconds=10), pytest.raises(CheckpointError, match=r"it holds a/b/mine\.ckpt"):
+        load_model(tmp_path)
+
+
+def test_one_checkpoint_under_many_names_is_looked_at_once(trained, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for i in range(20):
+        os.link(trained / "checkpoints" / "step00000003.ckpt", folder / f"step{i:08d}.ckpt")
+    assert len(newest_first(folder)) == 1
+
+
+def test_a_shard_that_is_a_link_is_damage(trained, tmp_path):
+    """One to a file of the system has no end."""
+    shards = tmp_path / "shards.ckpt"
+    assert main(["reshard", str(trained / "checkpoints" / "step00000003.ckpt"), str(shards)]) == 0
+    piece = next(shards.glob("*.distcp"))
+    piece.unlink()
+    piece.symlink_to("/proc/self/pagemap")
+    with watched(tmp_path, seconds=10):
+        assert damage(shards) == f"'{piece.name}' is a link"
+        with pytest.raises(CheckpointError, match=piece.name):
+            load_model(shards)
+
+
+def test_callbacks_know_of_no_files_elsewhere(trained, tmp_path):
+    """Lightning's own removes the oldest of those that its state says it has kept."""
+    victim = tmp_path / "theirs" / "x.ckpt"
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    mine = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, dirpath: %s, monitor: val/loss, save_top_k: 1}"
+    options = [*EVERY, "+callbacks.mine=" + mine % (run / "checkpoints"), "trainer.max_steps=6"]
+    victim.parent.mkdir()
+    victim.touch()
+    checkpoint = torch.load(run / "checkpoints" / "step00000003.ckpt", weights_only=True)
+    elsewhere = f"{run}/checkpoints/../../theirs/x.ckpt"
+    key = ModelCheckpoint(dirpath=run / "checkpoints", monitor="val/loss", save_top_k=1).state_key
+    state = {
+        "dirpath": str(run / "checkpoints"),
+        "best_k_models": {elsewhere: torch.tensor(1e9)},
+        "kth_value": torch.tensor(1e9),
+    }
+    state |= {"kth_best_model_path": elsewhere, "best_model_path": elsewhere, "last_model_path": elsewhere}
+    checkpoint["callbacks"][key] = state | {
+        "monitor": "val/loss",
+        "best_model_score": torch.tensor(1e9),
+        "current_score": None,
+    }
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    torch.save(checkpoint, run / "checkpoints" / "step00000003.ckpt")
+    tiny_run(run, *options, "ckpt_path=auto")
+    assert victim.exists()
+    assert [path.name for path in (run / "checkpoints").glob("epoch=*")]
 
 
 def test_a_truncated_final_checkpoint_is_named(trained, tmp_path, caplog):

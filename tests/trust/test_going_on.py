@@ -6,16 +6,20 @@ Each case is one in which a run that was killed, or given more steps, had become
 import csv
 import inspect
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from src.callbacks.preemption import Preempted
 from src.checkpoints import CheckpointError, read_checkpoint
 from src.checkpoints.files import find_checkpoint
 from src.config import ConfigError
 from src.evaluate import evaluate
+from src.modules.language_model import LanguageModel
 from src.reporting.runs import Run
 from tests.runs import compose_run, tiny_run
 from tests.trust.test_resumed import EVERY, killed_after, results
@@ -116,6 +120,125 @@ def test_a_finished_run_by_epochs_is_the_longer_run(tmp_path, every, first, last
     loss = [Run(tmp_path / name).curves(["train/loss"])["train/loss"] for name in ("longer", "straight")]
     assert loss[0] == loss[1]
     assert set(validated(tmp_path / "longer")) - {first} == set(validated(tmp_path / "straight")) - {first}
+
+
+SIX = ["trainer.val_check_interval=null", "trainer.check_val_every_n_epoch=1", "+trainer.limit_train_batches=6"]
+
+
+@pytest.mark.parametrize(("lengths", "epochs"), [((3, 12), 2), ((7, 12), 2), ((3, 8, 9, 12), 9), ((5, 12), None)])
+def test_an_epoch_that_training_has_broken_off_goes_on(tmp_path, lengths, epochs):
+    """Lightning counts it as a whole one. Without epochs there is one that never ends."""
+    options = [*EVERY, "scheduler=constant", *(SIX if epochs else []), f"+trainer.max_epochs={epochs or -1}"]
+    tiny_run(tmp_path / "straight", *options, "trainer.max_steps=12")
+    for steps in lengths:
+        tiny_run(tmp_path / "longer", *options, f"trainer.max_steps={steps}", "ckpt_path=auto")
+        assert (results(tmp_path / "longer")["steps"], validated(tmp_path / "longer")[-1]) == (steps, steps)
+    assert results(tmp_path / "longer")["metrics"] == results(tmp_path / "straight")["metrics"]
+    numbers = [Run(tmp_path / name).curves(["epoch", "train/loss"]) for name in ("longer", "straight")]
+    for of in ("epoch", "train/loss"):
+        assert {step: numbers[0][of][step] for step in numbers[1][of]} == numbers[1][of]
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", "train/loss"])
+def test_a_callback_does_not_hear_of_an_epoch_that_was_broken_off(tmp_path, monitor):
+    listening = early(1, monitor=monitor, check_on_train_epoch_end="true")
+    options = [*EVERY, "scheduler=constant", listening, *SIX[:2], "+trainer.limit_train_batches=3"]
+    tiny_run(tmp_path / "straight", *options, "trainer.max_steps=12")
+    assert results(tmp_path / "straight")["steps"] == 6
+    for steps in (2, 4, 5, 12):
+        tiny_run(tmp_path / "longer", *options, f"trainer.max_steps={steps}", "ckpt_path=auto")
+    assert results(tmp_path / "longer")["metrics"] == results(tmp_path / "straight")["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (["+trainer.limit_train_batches=6"], ["+trainer.limit_train_batches=8"]),
+        (["+trainer.limit_train_batches=6"], ["+trainer.limit_train_batches=4"]),
+        ([], ["+trainer.limit_train_batches=3", "+trainer.max_epochs=3"]),
+        (["+trainer.limit_train_batches=6"], ["+trainer.limit_train_batches=6", "trainer.accumulate_grad_batches=2"]),
+    ],
+    ids=["longer", "shorter", "none before", "twice as many batches a step"],
+)
+def test_epochs_may_be_cut_otherwise(tmp_path, then, now):
+    """They are those of the new length, from the beginning of the run."""
+    options = [*EVERY, *SIX[:2], "trainer.max_steps=12"]
+    before = SIX[:0] if then else ["trainer.val_check_interval=2", "trainer.check_val_every_n_epoch=null"]
+    tiny_run(tmp_path / "straight", *options, *now)
+    tiny_run(tmp_path / "before", *options, *before, *then)
+    killed = killed_after(5, tmp_path / "killed", tmp_path / "before")
+    tiny_run(killed, *options, *now, "ckpt_path=auto")
+    ours, theirs = results(killed), results(tmp_path / "straight")
+    assert (ours["steps"], ours["ended"]) == (theirs["steps"], theirs["ended"])
+    assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-6)
+    assert validated(killed)[-1] == ours["steps"]
+
+
+def test_fewer_epochs_than_have_begun_are_refused(tmp_path):
+    options = [*EVERY, *EPOCHS, "trainer.max_steps=6"]
+    tiny_run(tmp_path / "before", *options, "+trainer.max_epochs=3")
+    killed = killed_after(5, tmp_path / "killed", tmp_path / "before")
+    with pytest.raises(CheckpointError, match=r"is at step 5, in epoch 3, and trainer.max_epochs=1: nothing is left"):
+        tiny_run(killed, *options, "+trainer.max_epochs=1", "ckpt_path=auto")
+
+
+def test_a_run_that_is_stopped_at_the_end_of_an_epoch_is_validated(tmp_path):
+    """Where no validation is due: Lightning has none there."""
+    listening = early(1, monitor="train/loss", check_on_train_epoch_end="true")
+    options = [listening, "+trainer.limit_train_batches=3", "+trainer.max_epochs=-1", "trainer.val_check_interval=4"]
+    metrics = tiny_run(tmp_path / "run", *options, "trainer.max_steps=12")
+    assert (results(tmp_path / "run")["steps"], validated(tmp_path / "run")) == (6, [4, 6])
+    assert metrics["val/loss"] == Run(tmp_path / "run").curves(["val/loss"])["val/loss"][6]
+
+
+def test_validations_by_time(tmp_path):
+    """As often as that, and at the end."""
+    options = ["trainer.val_check_interval='00:00:00:00'", "trainer.max_steps=3"]
+    tiny_run(tmp_path, *options)
+    assert validated(tmp_path) == [1, 2, 3]
+
+
+def test_a_stop_that_is_asked_for_waits_for_every_callback(tmp_path, monkeypatch):
+    """What averages weights comes after it in the configuration, and had no part in the step that was kept."""
+    average = "+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.5}"
+    options = [*EVERY, average, "trainer.max_steps=6"]
+    tiny_run(tmp_path / "straight", *options)
+    step = LanguageModel.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LanguageModel, "training_step", training_step)
+        with pytest.raises(Preempted):
+            tiny_run(tmp_path / "stopped", *options)
+    tiny_run(tmp_path / "stopped", *options, "ckpt_path=auto")
+    assert results(tmp_path / "stopped")["metrics"] == results(tmp_path / "straight")["metrics"]
+
+
+def test_a_run_that_has_kept_its_best_only_goes_on_from_it(tmp_path):
+    options = [*EVERY, "callbacks=best", "trainer.max_steps=6"]
+    tiny_run(tmp_path / "straight", *options)
+    killed = Path(shutil.copytree(tmp_path / "straight", tmp_path / "killed"))
+    for path in (killed / "checkpoints").iterdir():
+        if not path.name.startswith("best_"):
+            path.unlink()
+    (killed / "results.json").unlink()
+    tiny_run(killed, *options, "ckpt_path=auto")
+    assert results(killed)["metrics"] == results(tmp_path / "straight")["metrics"]
+
+
+def test_a_test_belongs_to_the_last_step(trained, tmp_path):
+    """In the curve too, also where it is made again with other questions."""
+    assert list(Run(trained).curves(["test/loss"])["test/loss"]) == [4]
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    (folder / "results.json").unlink()
+    tiny_run(folder, *EVERY, "+trainer.limit_val_batches=1", "ckpt_path=auto")
+    curves = Run(folder).curves(["test/loss", "val/loss"])
+    assert (list(curves["test/loss"]), list(curves["val/loss"])) == ([4], [2, 4])
+    assert curves["val/loss"][4] == results(folder)["metrics"]["val/loss"]
 
 
 def test_validations_by_batches_do_not_ask_for_ends_of_epochs(tmp_path):

@@ -92,6 +92,8 @@ def walk_files(root: Path, skipped_folders: Collection[str] = ()) -> tuple[list[
     not loop, and a link beside its target does not take its target's place. Folders of the system that a link leads to
     are not entered: their names stand for them.
     """
+    if _is_of_the_system(root):
+        raise CorpusError(f"folder {printable(root)} lies in {', '.join(_OF_THE_SYSTEM)}: it is nobody's")
     entries: list[Entry] = []
     entered: set[tuple[int, int]] = set()
     hidden = 0
@@ -189,6 +191,9 @@ def open_regular(path: Path) -> io.BufferedReader:
     def check(mode: int) -> None:
         if not stat.S_ISREG(mode):
             raise CorpusError(f"{printable(path)} is {kind_of(mode)}, not a regular file")
+
+    if _is_of_the_system(path):
+        raise CorpusError(f"{printable(path)} lies in {', '.join(_OF_THE_SYSTEM)}: it is no file of anybody's")
 
     check(os.stat(path).st_mode)
     # A pipe may have taken the file's place since: without O_NONBLOCK, opening it would wait for a writer.

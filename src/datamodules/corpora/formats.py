@@ -46,6 +46,9 @@ MAX_PAGE_EXPANSION = 100
 """A page of a parquet file, which is in memory as a whole, has at most `MAX_PAGE_BYTES`, or so many times the file's size."""
 MAX_ROWS = 2**20
 MAX_ROWS_A_BYTE = 64
+MAX_COLUMNS = 10_000
+MAX_COLUMNS_OF_GROUPS = 10**6
+"""Columns times groups of rows: Arrow looks at all columns for each group."""
 """A parquet file has at most `MAX_ROWS` rows, or so many for each of its bytes: rows of nothing take none, but time."""
 
 _XZ_MEMORY = 2**29
@@ -212,13 +215,16 @@ def read_json_lines(path: Path, text_of: Callable[[dict[str, Any], str], str]) -
     advice = "if the file is one JSON array, write one object per line"
     if compressed:
         advice += f"; decompressed, a line may have {MAX_LINE_BYTES} bytes"
+    name = printable(path)
     with open_text(path) as file:
+        most = max(MAX_ROWS, MAX_ROWS_A_BYTE * path.stat().st_size)
         for number, line in enumerate(_lines(file, path, limit), start=1):
-            place = f"{printable(path)}:{number}"
+            if number > most:  # compressed, an empty one takes nothing but time
+                raise CorpusError(f"{name} has more than {most} lines, out of all proportion to its size")
             if line is None:
-                yield Row(number, _too_long(place, limit, advice))
+                yield Row(number, _too_long(f"{name}:{number}", limit, advice))
             elif not line.isspace():
-                yield Row(number, _text_of_line(line, place, text_of))
+                yield Row(number, _text_of_line(line, f"{name}:{number}", text_of))
 
 
 def _lines(file: io.BufferedReader, path: Path, limit: int) -> Iterator[bytes | str | None]:
@@ -274,6 +280,12 @@ def read_parquet(path: Path, choose: Callable[[Iterable[str]], str]) -> Iterator
     try:
         # Read page by page: a group of rows may be as large as the file.
         with open_regular(path) as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
+            columns = len(table.schema)
+            if columns > MAX_COLUMNS or columns * table.num_row_groups > MAX_COLUMNS_OF_GROUPS:
+                raise CorpusError(
+                    f"{place} has {columns} columns in {table.num_row_groups} groups of rows; at most {MAX_COLUMNS} columns are"
+                    f" read, and {MAX_COLUMNS_OF_GROUPS} in all groups: write the column of texts anew, alone"
+                )
             column = choose(table.schema_arrow.names)
             _check_column(table.schema_arrow, column, place)
             measure = _Measure(place, os.fstat(file.fileno()).st_size)

@@ -353,4 +353,8 @@ def _existing(path: str | Path) -> Path:
 def _without_compression(extension: str) -> str:
     for compression in COMPRESSIONS:
         extension = extension.removesuffix(compression)
+    if extension in ("", "."):
+        raise CorpusError(
+            "extensions: name the kind of text too, as in .txt.gz; compressed files of a kind are read with it"
+        )
     return extension

@@ -446,6 +446,44 @@ class TestWhatIsLeftOut:
         assert texts(TextFiles(tmp_path / "in")) == {"snapshots/train.txt": "text"}
 
 
+@pytest.mark.parametrize("asked", ["/proc/self/pagemap", "/proc/self", "link to a file", "link to a folder"])
+def test_what_is_of_the_system_is_nobodys_text(tmp_path, asked):
+    """Also where the path itself leads there: it would be read to an end that it has not, and what it holds kept."""
+    path = tmp_path / "corpus.txt"
+    if asked.startswith("link"):
+        path.symlink_to("/proc/self/pagemap" if asked.endswith("file") else "/proc/self")
+    else:
+        path = Path(asked)
+    with pytest.raises(
+        CorpusError, match=r"(corpus\.txt|self) lies in /proc, /sys, /dev|pagemap holds nothing to read"
+    ):
+        TextFiles(path, extensions=[".txt"]).fingerprint()
+    if "pagemap" in asked or asked.endswith("file"):
+        with pytest.raises(CorpusError, match="lies in /proc, /sys, /dev"):
+            TokenizerOptions(str(path)).identity()
+
+
+def test_an_extension_says_more_than_how_it_is_compressed(tmp_path):
+    with pytest.raises(CorpusError, match=r"name the kind of text too"):
+        TextFiles(write(tmp_path / "a.txt", "x").parent, extensions=[".gz"])
+
+
+def test_empty_lines_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_ROWS", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n" * 10**6))
+    with pytest.raises(CorpusError, match=r"a\.jsonl\.gz has more than \d+ lines, out of all proportion"):
+        list(TextFiles(tmp_path).documents())
+
+
+def test_many_columns(tmp_path, monkeypatch):
+    table = pa.table({"text": ["a"], **{f"c{i}": [1] for i in range(9)}})
+    pq.write_table(pa.concat_tables([table] * 9), tmp_path / "a.parquet", row_group_size=1)
+    assert len(list(TextFiles(tmp_path).documents())) == 9
+    monkeypatch.setattr(formats, "MAX_COLUMNS_OF_GROUPS", 50)
+    with pytest.raises(CorpusError, match=r"a\.parquet has 10 columns in 9 groups of rows; at most"):
+        list(TextFiles(tmp_path).documents())
+
+
 @pytest.mark.parametrize("name", [b"caf\xe9.txt", b"\xff\xfe.jsonl", b"new\nline.txt"])
 def test_names_that_are_not_utf8(tmp_path, name):
     (tmp_path / "in").mkdir()
