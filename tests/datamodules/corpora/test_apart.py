@@ -147,6 +147,7 @@ def test_the_process_may_end_at_any_moment(tmp_path, definition):
     before = tokenizer.encode("abx")
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
         running = apart._process()._running
+        assert running is not None
         os.kill(running.pid, number)
         running.wait()
         assert np.array_equal(tokenizer.encode("abx"), before)
