@@ -18,6 +18,7 @@ from src.checkpoints.plain import is_filled
 MOST_STEPS = 2**48
 MOST_PARTS = 1_000_000  # containers, names and values; an 8B model's optimizer has some ten thousand
 DEEPEST = 40
+LONGEST_VALUE = 10_000  # letters of a word in its configuration
 MOST_LETTERS = (
     2**25
 )  # of words and of the keys on the way to each part, as often as they stand somewhere; a large model's has some million
@@ -64,6 +65,11 @@ def check_contents(checkpoint: Any) -> None:
     for key, kind in (("why", str), ("step", int), ("planned", int)):
         if not isinstance((checkpoint.get("ended") or {}).get(key), kind | None):
             raise ValueError(f"its 'ended' has a {key!r} of another kind")
+    for name, part in _parts(checkpoint["config"]):
+        if isinstance(part, str) and len(part) > LONGEST_VALUE:
+            raise ValueError(
+                f"{name[:100]!r} of its configuration has {len(part):,} letters; at most {LONGEST_VALUE:,}"
+            )
     _check_kept(checkpoint)
     _check_optimizers(checkpoint)
     _check_progress(checkpoint)

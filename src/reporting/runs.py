@@ -114,7 +114,7 @@ class Run:
     def curves(self, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
         """Several metrics over finished optimizer steps, from one look at the file: metric -> step -> value."""
         try:
-            found, problem = _curves(read_bytes(self.folder / "csv" / "metrics.csv", MOST_CURVE_BYTES), metrics)
+            found, problem = _curves_in(self.folder / "csv" / "metrics.csv", tuple(metrics))
             if problem:
                 self._problems["csv/metrics.csv"] = problem
             return found
@@ -148,6 +148,21 @@ def read_record(path: Path) -> dict[str, Any]:
         Unreadable: it is something else.
     """
     return cast(dict[str, Any], read_json(path, RECORD))
+
+
+_last_read: dict[tuple[Any, ...], Any] = {}
+
+
+def _curves_in(path: Path, metrics: tuple[str, ...]) -> tuple[dict[str, dict[int, float]], str]:
+    """See ``_curves``; a file that many runs share, by links of whichever kind, is read once."""
+    status = path.stat()
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, metrics)
+    if key not in _last_read:
+        found = _curves(read_bytes(path, MOST_CURVE_BYTES), metrics)
+        _last_read.clear()  # one may fill a good part of the memory
+        _last_read[key] = found
+    curves, problem = _last_read[key]
+    return {metric: dict(values) for metric, values in curves.items()}, problem
 
 
 def _curves(content: bytes, metrics: Sequence[str]) -> tuple[dict[str, dict[int, float]], str]:

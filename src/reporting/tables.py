@@ -24,6 +24,7 @@ from src.reporting.wording import half_interval, in_words, known, short_settings
 MOST_POINTS = 300  # of a curve; beyond that, neighbouring steps are averaged
 FEWEST_POINTS = 60  # to which that goes down where there are so many curves that the page would be too large
 ALL_POINTS = 60_000  # of all curves of a sweep
+MOST_READ = 2_000_000  # points of all runs of a curve, at most so many are held to make its mean
 RATE_KEYS = ("task", "setting", "variant", "learning_rate")
 GROUP = re.compile(r"test/accuracy/([A-Za-z_]+)([0-9]{1,9})\+?")  # hop4, depth6+
 
@@ -196,7 +197,9 @@ class SweepTables:
         most = self.most_points
         for (row, variant), cell in self.cells.items():
             quantities = list(dict.fromkeys(("train/loss", self.sweep.plan["selections"][row.task])))
-            curves = [run.curves(quantities) for run in self.runs_of(cell)]
+            runs = self.runs_of(cell)
+            most_read = max(MOST_READ // max(len(runs), 1), FEWEST_POINTS)
+            curves = [{name: _thinned(x, most_read) for name, x in run.curves(quantities).items()} for run in runs]
             for quantity in quantities:
                 head = {"task": row.task, "setting": row.setting, "variant": variant, "quantity": quantity}
                 found += [head | point for point in _band([curve[quantity] for curve in curves], most)]
@@ -295,6 +298,11 @@ def of_row(lines: list[Line], row: Row, variant: str | None = None) -> list[Line
         for line in lines
         if (line["task"], line["setting"]) == row and (variant is None or line["variant"] == variant)
     ]
+
+
+def _thinned(curve: dict[int, float], most: int) -> dict[int, float]:
+    """A curve of at most so many points: every second, third, ... of a longer one."""
+    return dict(list(curve.items())[:: -(-len(curve) // most)]) if len(curve) > most else curve
 
 
 def _band(curves: list[dict[int, float]], most: int = MOST_POINTS) -> list[Line]:

@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 
 from src.config import ConfigError
 from src.report import report
+from src.reporting import runs as runs_module
+from src.reporting import tables as tables_module
 from src.reporting.foreign import Unreadable, read_json, read_yaml
 from src.reporting.page import write_report
 from src.reporting.results import SweepResults, find_sweeps
@@ -185,6 +187,26 @@ def test_a_folder_outside_is_at_most_read_as_a_run(tmp_path):
     found = SweepResults(sweep.path)
     assert [row["status"] for row in found.rows] == ["planned", "planned", "of another configuration", "finished"]
     write_report([found], tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["symbolic", "hard"])
+def test_one_curve_of_many_runs_is_read_once(tmp_path, monkeypatch, how):
+    """A link to it takes no room, and a manifest may list thousands of runs."""
+    sweep = make_sweep(
+        tmp_path, tasks=("Depo",), variants=("A",), rates=(1e-3,), seeds=(1, 2, 3, 4), unfinished=0, failed=0
+    )
+    first, *others = [sweep.path.parent / job["folder"] / "csv" / "metrics.csv" for job in sweep.plan["jobs"]]
+    first.write_text("step,train/loss\n" + "".join(f"{i},{i}\n" for i in range(5000)))
+    for path in others:
+        path.unlink(missing_ok=True)
+        path.symlink_to(first) if how == "symbolic" else os.link(first, path)
+    read = []
+    monkeypatch.setattr(runs_module, "read_bytes", lambda path, most: read.append(path) or path.read_bytes())
+    monkeypatch.setattr(tables_module, "MOST_READ", 4000)
+    found = [line for line in SweepTables(SweepResults(sweep.path)).curves if line["quantity"] == "train/loss"]
+    assert len([path for path in read if path.name == "metrics.csv"]) == 1
+    assert {line["seeds"] for line in found} == {4}
+    assert found[0]["mean"] < 100 < 4900 < found[-1]["mean"]
 
 
 def test_names_of_metrics_are_no_formulas(tmp_path):

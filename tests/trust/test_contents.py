@@ -263,6 +263,7 @@ STATES = {
     "a weight too few": lambda c: c["state_dict"].pop(next(iter(c["state_dict"]))),
     "an end that is a kind of numbers": lambda c: c.update(ended={"why": "x", "step": torch.float32}),
     "an end at no step": lambda c: c.update(ended={"why": "x", "step": "y"}),
+    "a pattern without end": lambda c: c["config"]["data"].update(pattern="[" * 20_000),
     "a function": lambda c: c["config"]["model"].update(mixers={"T": _rebuild_tensor_v2}),
     "words for a speed": lambda c: c["callbacks"].update(Throughput={"tokens": "x", "seconds": 1.0}),
 }

@@ -45,6 +45,8 @@ from src.datamodules.corpora.formats import (
     valid_unicode,
 )
 
+LONGEST_PATTERN = 1000
+
 
 class Document(NamedTuple):
     """One text and the name that identifies it within its source."""
@@ -209,6 +211,8 @@ class TextFiles(Source):
             raise CorpusError(f'extensions={extensions!r} is not a list such as [".txt", ".md"]')
         chosen = KNOWN_EXTENSIONS if extensions is None else extensions
         self.extensions = tuple(_without_compression("." + extension.lower().lstrip(".")) for extension in chosen)
+        if len(pattern) > LONGEST_PATTERN:  # Python's own reading of one takes time that grows with its square
+            raise CorpusError(f"pattern: {len(pattern)} characters; at most {LONGEST_PATTERN}")
         self.pattern = pattern
         self.text_field = text_field
         self.skip_bad = skip_bad
