@@ -46,11 +46,7 @@ def check_contents(checkpoint: Any) -> None:
         raise ValueError(
             f"it has checkpoint format {_shown(checkpoint.get('format'))}; this version reads {CHECKPOINT_FORMAT}"
         )
-    for name, part in _parts(checkpoint):
-        if isinstance(part, Tensor) and not is_filled(part):
-            raise ValueError(f"{name!r} is no plain tensor whose numbers lie in the file")
-        if callable(part) or isinstance(part, torch.dtype):
-            raise ValueError(f"{name!r} is no value")
+    _check_parts(checkpoint)
     for key, kind in (_NEEDED | _OPTIONAL).items():
         value = checkpoint.get(key)
         right = (
@@ -62,18 +58,19 @@ def check_contents(checkpoint: Any) -> None:
         raise ValueError(f"its 'global_step' is not from 0 to {MOST_STEPS:,}")
     if not 0 <= (checkpoint.get("seconds") or 0) < MOST_STEPS:
         raise ValueError("its 'seconds' are no time")
-    for key, kind in (("why", str), ("step", int), ("planned", int)):
-        if not isinstance((checkpoint.get("ended") or {}).get(key), kind | None):
-            raise ValueError(f"its 'ended' has a {key!r} of another kind")
-    for name, part in _parts(checkpoint["config"]):
-        if isinstance(part, str) and len(part) > LONGEST_VALUE:
-            raise ValueError(
-                f"{name[:100]!r} of its configuration has {len(part):,} letters; at most {LONGEST_VALUE:,}"
-            )
     _check_kept(checkpoint)
     _check_optimizers(checkpoint)
     _check_progress(checkpoint)
     _check_measured(checkpoint)
+
+
+def _check_parts(checkpoint: dict[str, Any]) -> None:
+    """Tensors lie in the file, values are values, and words of the configuration are no books."""
+    for name, part in _parts(checkpoint):
+        if isinstance(part, Tensor) and not is_filled(part):
+            raise ValueError(f"{name!r} is no plain tensor whose numbers lie in the file")
+        if callable(part) or isinstance(part, torch.dtype):
+            raise ValueError(f"{name!r} is no value")
 
 
 def _shown(value: Any) -> str:
@@ -83,6 +80,14 @@ def _shown(value: Any) -> str:
 
 def _check_kept(checkpoint: dict[str, Any]) -> None:
     """The configuration has its sections, weights are tensors, and nothing else is one that should be none."""
+    for key, kind in (("why", str), ("step", int), ("planned", int)):
+        if not isinstance((checkpoint.get("ended") or {}).get(key), kind | None):
+            raise ValueError(f"its 'ended' has a {key!r} of another kind")
+    for name, part in _parts(checkpoint["config"]):
+        if isinstance(part, str) and len(part) > LONGEST_VALUE:
+            raise ValueError(
+                f"{name[:100]!r} of its configuration has {len(part):,} letters; at most {LONGEST_VALUE:,}"
+            )
     for section in ("model", "trainer", "data"):
         if not isinstance(checkpoint["config"].get(section), dict):
             raise ValueError(f"its configuration has no section {section!r}")
