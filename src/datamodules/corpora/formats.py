@@ -45,7 +45,7 @@ MAX_PAGE_BYTES = 2**28
 MAX_PAGE_EXPANSION = 100
 """A page of a parquet file, which is in memory as a whole, has at most `MAX_PAGE_BYTES`, or so many times the file's size."""
 MAX_ROWS = 2**20
-MAX_ROWS_A_BYTE = 64
+MAX_ROWS_A_BYTE = 8
 MAX_COLUMNS = 10_000
 MAX_COLUMNS_OF_GROUPS = 10**6
 """Columns times groups of rows: Arrow looks at all columns for each group."""
