@@ -7,13 +7,14 @@ by looking at them. So they have time in proportion to the text, and a limited m
 import atexit
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ SECONDS_PER_MB = 10.0
 """... and as many more for a million characters, of which the library takes about one."""
 MOST_BYTES = 8 << 30
 """Memory of the process. Text is sent in parts of a few million characters, and a token takes some 100 bytes."""
+TRAINING_SECONDS_PER_MB = 3.0
+"""Of text that a tokenizer is trained on; ordinary text takes a tenth. Words that all differ, and are long, take more."""
 MOST_CHARACTERS = 2**22
 """Texts of a request, unless a single one is longer."""
 
@@ -91,6 +94,22 @@ class Apart:
         return answer, data
 
 
+def train(texts: Iterable[str], vocab_size: int, special_tokens: list[str], cut: Callable[[], int]) -> tuple[str, int]:
+    """Return the definition of byte-level BPE trained on `texts`, and how many tokens it has.
+
+    `cut()` is asked after the last text: after how many bytes words are cut, 0 for none. Raises CorpusError like `Apart`.
+    """
+    options = {"vocab_size": vocab_size, "special_tokens": special_tokens}
+
+    def more() -> Iterator[dict[str, Any]]:
+        for part in _batched(texts):
+            yield {"texts": part, "seconds": TRAINING_SECONDS_PER_MB * sum(map(len, part)) / 1e6}
+        yield {"texts": [], "seconds": 0.0, "cut": cut()}
+
+    found, _ = _process().ask({"train": options}, "a tokeniser cannot be trained on the texts", 0, more())
+    return found["definition"], found["size"]
+
+
 class _Process:
     """The process, which is started when it is first asked, and again after it has ended."""
 
@@ -99,20 +118,23 @@ class _Process:
         self._lock = threading.Lock()
         self._running: subprocess.Popen[bytes] | None = None
 
-    def ask(self, request: dict[str, Any], what: str, size: int) -> tuple[dict[str, Any], bytes]:
+    def ask(
+        self, request: dict[str, Any], what: str, size: int, more: Iterable[dict[str, Any]] = ()
+    ) -> tuple[dict[str, Any], bytes]:
         """Return an answer and the bytes that come with it; CorpusError, which begins with `what`, if there is none.
 
-        The request is about `size` characters or tokens, which decides how long it may take.
+        The request is about `size` characters or tokens, which decides how long it may take; `more` follows it.
         """
         seconds = PATIENCE + SECONDS_PER_MB * size / 1e6
-        text = json.dumps(request | {"seconds": seconds}).encode()
         with self._lock:
             running = self._started()
             assert running.stdin is not None
             assert running.stdout is not None
             try:
-                running.stdin.write(LENGTHS.pack(len(text), 0) + text)
-                running.stdin.flush()
+                for part in itertools.chain([request | {"seconds": seconds}], more):
+                    text = json.dumps(part).encode()
+                    running.stdin.write(LENGTHS.pack(len(text), 0) + text)
+                    running.stdin.flush()
                 sizes = LENGTHS.unpack(_exactly(running.stdout, LENGTHS.size))
                 answer, data = (_exactly(running.stdout, size) for size in sizes)
             except (OSError, EOFError):
@@ -122,6 +144,8 @@ class _Process:
                 )
                 if code == -signal.SIGPROF:
                     why = f"it takes more than {seconds:.0f} s for a text of {size:,} characters"
+                    if more:
+                        why = f"it takes more than {TRAINING_SECONDS_PER_MB:.0f} s for each MB: many long words that all differ"
                 raise CorpusError(f"{what} ({why})") from None
             except BaseException:  # an interrupt: an answer that is read later would be that of another request
                 self.end()
@@ -178,6 +202,19 @@ def _exactly(pipe: Any, size: int) -> bytes:
     if len(data) < size:
         raise EOFError
     return data
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= 2**20:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _parts(texts: Sequence[str]) -> list[list[str]]:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
+from src.datamodules.corpora import apart
 from src.datamodules.corpora.apart import Description
 from src.datamodules.corpora.definitions import check_ids, parse, read_definition
 from src.datamodules.corpora.errors import CorpusError
@@ -79,31 +80,21 @@ class Tokenizer:
         scripts) is one word otherwise, and training takes time that grows with the square of its length. If such text
         is met, the tokeniser cuts it in the same places when it encodes; all other text is tokenised as without.
 
-        Warns if the texts are too small for `vocab_size`; raises CorpusError if that leaves no room for the bytes.
+        Warns if the texts are too small for `vocab_size`; raises CorpusError if that leaves no room for the bytes, or if
+        training takes too long (``apart.py``).
         """
         if vocab_size < 258:
             raise CorpusError(f"vocab_size={vocab_size} is too small for BPE: 256 bytes, BOS and EOS need 258")
-        backend = tokenizers.Tokenizer(models.BPE())
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.pre_tokenizer = words  # pyright: ignore[reportAttributeAccessIssue]
-        backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[BOS, EOS],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+        feed = _TrainingText(pre_tokenizers.ByteLevel(add_prefix_space=False))
+        definition, size = apart.train(
+            feed.pieces(texts), vocab_size, [BOS, EOS], lambda: LONGEST_WORD if feed.long_words else 0
         )
-        feed = _TrainingText(words)
-        backend.train_from_iterator(feed.pieces(texts), trainer)
-        if feed.long_words:
-            cut = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
-            backend.pre_tokenizer = pre_tokenizers.Sequence([words, cut])  # pyright: ignore[reportAttributeAccessIssue]
-        if backend.get_vocab_size() < vocab_size:
+        if size < vocab_size:
             warnings.warn(
-                f"the training text yields {backend.get_vocab_size()} tokens, fewer than vocab_size={vocab_size}",
+                f"the training text yields {size} tokens, fewer than vocab_size={vocab_size}",
                 stacklevel=2,
             )
-        return cls(backend.to_str(), BOS, EOS)
+        return cls(definition, BOS, EOS)
 
     @classmethod
     def load(cls, path: str | Path, bos: str | None = None, eos: str | None = None) -> "Tokenizer":

@@ -13,9 +13,11 @@ import signal
 import struct
 import sys
 from array import array
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 LENGTHS = struct.Struct("<QQ")
 MOST_DEFINITIONS = 8
@@ -38,7 +40,7 @@ def main(most_bytes: int) -> None:
     while (request := _read(source)) is not None:
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         try:
-            answer, numbers = _answer(request)
+            answer, numbers = _answer(request, source)
         except Exception as error:  # the binding raises bare Exception
             answer, numbers = {"error": str(error)}, array("i")
         except BaseException as error:
@@ -60,7 +62,9 @@ def _read(source: BinaryIO) -> dict[str, Any] | None:
     return json.loads(source.read(size))
 
 
-def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], array]:
+def _answer(request: dict[str, Any], source: BinaryIO) -> tuple[dict[str, Any], array]:
+    if "train" in request:
+        return _trained(request["train"], source), array("i")
     if "definition" in request:
         backend = _opened(request["definition"])
         while len(_known) >= MOST_DEFINITIONS:
@@ -79,6 +83,40 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], array]:
         numbers.extend(ids)
         lengths.append(len(ids))
     return {"lengths": lengths}, numbers
+
+
+def _trained(options: dict[str, Any], source: BinaryIO) -> dict[str, Any]:
+    """Byte-level BPE, trained on the texts of the requests that follow, up to one without texts.
+
+    Each of them brings more time. The last one says after how many bytes words are cut, if any was.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = words  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=options["vocab_size"],
+        special_tokens=options["special_tokens"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    last: dict[str, Any] = {}
+
+    def texts() -> Iterator[str]:
+        while (part := _read(source)) is not None:
+            left, _ = signal.getitimer(signal.ITIMER_PROF)
+            signal.setitimer(signal.ITIMER_PROF, left + part["seconds"])
+            if not part["texts"]:
+                last.update(part)
+                return
+            yield from part["texts"]
+        raise EOFError("the texts have no end")
+
+    backend.train_from_iterator(texts(), trainer)
+    if last.get("cut"):
+        cut = pre_tokenizers.Split(tokenizers.Regex(f".{{{last['cut']}}}"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, cut])  # pyright: ignore[reportAttributeAccessIssue]
+    return {"definition": backend.to_str(), "size": backend.get_vocab_size()}
 
 
 def _opened(definition: str) -> tokenizers.Tokenizer:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import threading
 
@@ -127,6 +128,29 @@ def test_steps_that_multiply_a_text_end_in_an_error(tmp_path, definition, sectio
     ):
         load(tmp_path / "t.json", definition).encode("a" * 100)
     apart._process().end()
+
+
+def test_training_has_a_time_too(monkeypatch):
+    """Words that all differ are a symbol for each of their letters."""
+    monkeypatch.setattr(apart, "PATIENCE", 0.5)
+    monkeypatch.setattr(apart, "TRAINING_SECONDS_PER_MB", 0.3)
+    numbers = random.Random(0)
+    words = ["".join(numbers.choices("abcdefghij", k=200)) for _ in range(20_000)]
+    with pytest.raises(
+        CorpusError, match=r"a tokeniser cannot be trained on the texts \(it takes more than \d s for each MB"
+    ):
+        Tokenizer.train(words, 4000)
+    assert Tokenizer.train(["some words", "more words"] * 50, 270).encode("words").size
+
+
+def test_texts_that_cannot_be_read_end_the_training(definition):
+    def texts():
+        yield "some words"
+        raise CorpusError("t.txt cannot be read")
+
+    with pytest.raises(CorpusError, match=r"t\.txt cannot be read"):
+        Tokenizer.train(texts(), 300)
+    assert Tokenizer.train(["some words"] * 50, 262).encode("words").size
 
 
 def test_templates_do_not_repeat_a_text(tmp_path, definition):
