@@ -155,7 +155,12 @@ _last_read: dict[tuple[Any, ...], Any] = {}
 
 def _curves_in(path: Path, metrics: tuple[str, ...]) -> tuple[dict[str, dict[int, float]], str]:
     """See ``_curves``; a file that many runs share, by links of whichever kind, is read once."""
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
     key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, metrics)
     if key not in _last_read:
         found = _curves(read_bytes(path, MOST_CURVE_BYTES), metrics)
