@@ -31,6 +31,11 @@ def _damaged_file(path: Path) -> str | None:
     if not path.is_file():
         return "it does not exist"
     if written.is_file():
+        try:  # which is at the end of it: a file with a hole may be of any length
+            with path.open("rb") as file:
+                refuse_compressed(file)
+        except Exception as error:
+            return f"its {path.stat().st_size:,} bytes are cut off, changed or no checkpoint at all ({error})"
         if _start_of(written).split()[:1] == [sha256(path)]:
             return None
         return f"its {path.stat().st_size:,} bytes are not those that were written (SHA-256)"

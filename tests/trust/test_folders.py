@@ -167,6 +167,14 @@ def test_one_checkpoint_under_many_names_is_looked_at_once(trained, tmp_path):
     assert len(newest_first(folder)) == 1
 
 
+def test_a_checkpoint_with_a_hole_is_not_hashed(tmp_path):
+    with (tmp_path / "final.ckpt").open("wb") as file:
+        file.truncate(2**40)
+    (tmp_path / "final.ckpt.sha256").write_text("0" * 64)
+    with watched(tmp_path, seconds=10):
+        assert "no checkpoint at all" in str(damage(tmp_path / "final.ckpt"))
+
+
 def test_a_shard_that_is_a_link_is_damage(trained, tmp_path):
     """One to a file of the system has no end."""
     shards = tmp_path / "shards.ckpt"

@@ -32,6 +32,8 @@ MOST_BYTES = 8 << 30
 """Memory of the process. Text is sent in parts of a few million characters, and a token takes some 100 bytes."""
 TRAINING_SECONDS_PER_MB = 3.0
 """Of text that a tokenizer is trained on; ordinary text takes a tenth. Words that all differ, and are long, take more."""
+MOST_TOKENS_A_BYTE = 2
+"""Of a text. One of bytes has one; a normalizer that writes out what is in a character needs a few more."""
 MOST_CHARACTERS = 2**22
 """Texts of a request, unless a single one is longer."""
 
@@ -72,7 +74,8 @@ class Apart:
         found: list[np.ndarray] = []
         for part in _parts(texts):
             size = sum(map(len, part))
-            answer, ids = self._ask(f"{self.name} cannot encode the text", size, texts=part)
+            most = MOST_TOKENS_A_BYTE * sum(len(text.encode(errors="replace")) for text in part) + 65536
+            answer, ids = self._ask(f"{self.name} cannot encode the text", size, texts=part, most=most)
             ends = np.cumsum(answer["lengths"])
             found += np.split(np.frombuffer(ids, dtype=np.int32).astype(np.int64), ends[:-1])
         return found

@@ -218,13 +218,15 @@ def reading(path: Path) -> Iterator[None]:
         raise CorpusError(f"{printable(path)} cannot be read: there is not enough memory for it") from error
 
 
-def content_digest(path: Path) -> str:
-    """Return a hash of a file's content; CorpusError if it cannot be read.
+def content_digest(path: Path, most: int | None = None) -> str:
+    """Return a hash of a file's content; CorpusError if it cannot be read, or has more than `most` bytes.
 
     A file that this process has hashed before, and that has the same path, inode, size and times, is not read again.
     """
     with reading(path), open_regular(path) as file:
         status = os.fstat(file.fileno())
+        if most is not None and status.st_size > most:
+            raise CorpusError(f"{printable(path)} is larger than {most} bytes")
         times = (status.st_mtime_ns, status.st_ctime_ns)
         key = (os.fspath(path), status.st_dev, status.st_ino, status.st_size, *times)
         if key not in _digests:

@@ -362,6 +362,10 @@ def _rows_at_once(file: BinaryIO, metadata: Any, group: int, column: str, own: l
         return 1
     if any(page.shares for page in own):
         return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, *(page.size for page in own))))
+    stored = max((page.size for page in own if not page.values), default=0)
+    if stored and not next((page.refers for page in own if page.values), True):
+        # The first row would come without it. Writers begin with the dictionary; who does not has one to hide.
+        return max(1, min(_BATCH_ROWS, _BATCH_BYTES // stored))
     # Read as a dictionary, the first row comes with all of it. All rows so would be slow where few are repeated: Arrow
     # would make one dictionary of them, and copy it for every batch.
     with pq.ParquetFile(

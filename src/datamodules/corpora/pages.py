@@ -16,6 +16,7 @@ LARGEST_FOOTER = 2**26
 _LARGEST_HEADER = 2**24  # Arrow's own limit; the shortest and longest text of a page may be in it
 _USUAL_HEADER = 2**12
 _DELTA_BYTE_ARRAY = 7
+_DICTIONARIES = (2, 8)
 
 # Which fields are read, by their numbers and kinds in parquet.thrift: of the footer, and of the header of a page.
 _I32, _I64 = 5, 6
@@ -28,11 +29,21 @@ _DATA = {0: (5, 2), 3: (8, 4)}  # kinds of pages with values: the fields of thei
 
 @dataclass(frozen=True)
 class Page:
-    """One page: bytes in memory, values in it (0 for a dictionary), and whether a value can stand for more than its bytes."""
+    """One page: bytes in memory, values in it (0 for a dictionary), and how they are encoded (a number of the format's)."""
 
     size: int
     values: int
-    shares: bool
+    encoding: int | None
+
+    @property
+    def shares(self) -> bool:
+        """Whether a value can stand for more than its bytes: it may begin as the one before it."""
+        return self.encoding == _DELTA_BYTE_ARRAY
+
+    @property
+    def refers(self) -> bool:
+        """Whether its values are places in a dictionary."""
+        return self.encoding in _DICTIONARIES
 
 
 def pages(file: BinaryIO, columns: list[int]) -> list[list[Page]]:
@@ -82,9 +93,9 @@ def _pages(file: BinaryIO, begin: int, length: int, values: int) -> Iterator[Pag
         header, own = _header(file, place)
         data, encoding = _DATA.get(header[1], (None, None))
         if data is None:
-            page = Page(header[2], 0, False)
+            page = Page(header[2], 0, None)
         else:
-            page = Page(header[2], header[data][1], header[data].get(encoding) == _DELTA_BYTE_ARRAY)
+            page = Page(header[2], header[data][1], header[data].get(encoding))
         if min(page.size, page.values, header[3]) < 0:
             raise ValueError("a negative number")
         yield page

@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from src.datamodules.corpora import apart
 from src.datamodules.corpora.apart import Description
-from src.datamodules.corpora.definitions import check_ids, parse, read_definition
+from src.datamodules.corpora.definitions import LARGEST_FILE, check_ids, parse, read_definition
 from src.datamodules.corpora.errors import CorpusError
 from src.datamodules.corpora.files import content_digest, printable
 
@@ -195,7 +195,7 @@ class TokenizerOptions:
             return {"kind": "bpe", "vocab_size": self.vocab_size or DEFAULT_VOCAB_SIZE}
         if self.kind == "bytes":
             return {"kind": "bytes"}
-        return {"kind": "file", "content": content_digest(self._file()), "bos": self.bos, "eos": self.eos}
+        return {"kind": "file", "content": content_digest(self._file(), LARGEST_FILE), "bos": self.bos, "eos": self.eos}
 
     def build(self, training_texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Return the tokeniser; `training_texts` is called for "bpe" only."""

@@ -82,6 +82,8 @@ def _answer(request: dict[str, Any], source: BinaryIO) -> tuple[dict[str, Any], 
         ids = encoding.ids
         numbers.extend(ids)
         lengths.append(len(ids))
+        if len(numbers) > request["most"]:
+            raise ValueError(f"it makes more than {request['most']} tokens of it, out of all proportion")
     return {"lengths": lengths}, numbers
 
 

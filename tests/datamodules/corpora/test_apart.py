@@ -153,6 +153,22 @@ def test_texts_that_cannot_be_read_end_the_training(definition):
     assert Tokenizer.train(["some words"] * 50, 262).encode("words").size
 
 
+def test_tokens_without_end_are_refused(tmp_path, definition):
+    """Each within the limits of the process, all of them beyond ours."""
+    definition["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 16}
+    tokenizer = load(tmp_path / "t.json", definition)
+    assert tokenizer.encode("a" * 100).size == 1600
+    with pytest.raises(CorpusError, match=r"it makes more than 265536 tokens of it, out of all proportion"):
+        tokenizer.encode("a" * 100_000)
+
+
+def test_a_file_with_a_hole_is_not_hashed(tmp_path):
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CorpusError, match=r"tokenizer\.json is larger than \d+ bytes"):
+        TokenizerOptions(str(tmp_path)).identity()
+
+
 def test_templates_do_not_repeat_a_text(tmp_path, definition):
     text = {"Sequence": {"id": "A", "type_id": 0}}
     pair = [text, {"Sequence": {"id": "B", "type_id": 0}}]

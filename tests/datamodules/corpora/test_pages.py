@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from src.datamodules.corpora import CorpusError, TextFiles, formats, pages
+from src.datamodules.corpora.pages import Page
 
 
 def texts(source: TextFiles) -> dict[str, str]:
@@ -88,3 +89,12 @@ def test_headers_of_pages_are_read_in_one_way(data, named):
     """Each of them is another number to Arrow than to a reader that is as patient in another way."""
     with pytest.raises((ValueError, TypeError), match=named):
         pages._Compact(data).struct({1: 5})
+
+
+def test_a_dictionary_behind_a_page_without_it(tmp_path):
+    """The first row says nothing of the texts that the others stand for; a row of each page may be all of one."""
+    pq.write_table(pa.table({"text": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    own = [Page(100 << 20, 0, None), Page(5, 1, 0), Page(9, 63, 8)]
+    with (tmp_path / "a.parquet").open("rb") as file, pq.ParquetFile(file) as table:
+        assert formats._rows_at_once(file, table.metadata, 0, "text", own) == 1
+        assert formats._rows_at_once(file, table.metadata, 0, "text", own[::2]) > 1
