@@ -182,8 +182,9 @@ def find_checkpoint(path: Path) -> Path:
         there = newest_first(folder)
         if (whole := first_whole(there)) is not None:
             return whole
-        found = [printable(file.relative_to(path)) for file in _nearby(path)]
-        if there:
+        nearby = _nearby(path)
+        found = [printable(file.relative_to(path)) for file in nearby]
+        if there or (nearby and all(problem_of(file) for file in nearby)):
             raise CheckpointError(f"ckpt_path={shown}: every checkpoint in it is damaged: {', '.join(found)}")
         hint = f"it holds {', '.join(found)}" if found else "it holds no .ckpt file"
         raise CheckpointError(f"ckpt_path={shown}: a folder without final.ckpt, last.ckpt or step*.ckpt; {hint}")
@@ -229,7 +230,8 @@ def to_resume(path: str | None, output_dir: Path) -> Path | None:
         folder = output_dir / "checkpoints"
         if folder.is_dir() and not newest_first(folder) and (best := sorted(folder.glob("best_*.ckpt"))):
             # Killed before the first of the others; a best one is as whole as they are.
-            return first_whole(sorted(best, key=_recorded_step, reverse=True))
+            whole = first_whole(sorted(best, key=_recorded_step, reverse=True))
+            return whole or find_checkpoint(output_dir)
         return find_checkpoint(output_dir) if folder.is_dir() and any(folder.glob("*.ckpt")) else None
     asked = Path(path).expanduser()
     found = find_checkpoint(asked)

@@ -70,7 +70,7 @@ class _Continued(ExperimentWriter):
             kept = [
                 row
                 for row in self._earlier
-                if (_is_before(row, step or 0, again) if trains else not {"test"} & again & _logged(row))
+                if (_is_before(row, step or 0, again) if trains else not _is_again(row, step or 0, again))
             ]
             self._earlier = None
             self._restore(kept)
@@ -130,6 +130,11 @@ class _Continued(ExperimentWriter):
             writer = csv.DictWriter(file, fieldnames=fieldnames)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _is_again(row: dict[str, str], step: int, again: set[str]) -> bool:
+    """Whether a test of this very step is logged once more; one of a former last step stays."""
+    return "test" in again & _logged(row) and row.get("step") == str(step)
 
 
 def _is_before(row: dict[str, str], step: int, again: set[str]) -> bool:

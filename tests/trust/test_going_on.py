@@ -230,6 +230,29 @@ def test_a_run_that_has_kept_its_best_only_goes_on_from_it(tmp_path):
     assert results(killed)["metrics"] == results(tmp_path / "straight")["metrics"]
 
 
+def test_a_best_one_that_is_damaged_is_named(tmp_path):
+    options = [*EVERY, "callbacks=best"]
+    tiny_run(tmp_path, *options)
+    for path in (tmp_path / "checkpoints").iterdir():
+        if not path.name.startswith("best_"):
+            path.unlink()
+    best = next((tmp_path / "checkpoints").glob("best_*.ckpt"))
+    best.write_bytes(best.read_bytes()[:-9])
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"every checkpoint in it is damaged: checkpoints/{best.name}"):
+        tiny_run(tmp_path, *options, "ckpt_path=auto")
+
+
+def test_tests_of_former_lengths_stay_in_the_curve(tmp_path):
+    """Also where the last attempt has nothing left to do but its test."""
+    options = [*EVERY, "scheduler=constant"]
+    for steps in (2, 4):
+        tiny_run(tmp_path, *options, f"trainer.max_steps={steps}", "ckpt_path=auto")
+    (tmp_path / "results.json").unlink()
+    tiny_run(tmp_path, *options, "trainer.max_steps=4", "ckpt_path=auto")
+    assert list(Run(tmp_path).curves(["test/loss"])["test/loss"]) == [2, 4]
+
+
 def test_a_test_belongs_to_the_last_step(trained, tmp_path):
     """In the curve too, also where it is made again with other questions."""
     assert list(Run(trained).curves(["test/loss"])["test/loss"]) == [4]
