@@ -184,7 +184,8 @@ def find_checkpoint(path: Path) -> Path:
             return whole
         nearby = _nearby(path)
         found = [printable(file.relative_to(path)) for file in nearby]
-        if there or (nearby and all(problem_of(file) for file in nearby)):
+        best = [file for file in nearby if file.name.startswith("best_")]
+        if there or (best and all(problem_of(file) for file in best)):
             raise CheckpointError(f"ckpt_path={shown}: every checkpoint in it is damaged: {', '.join(found)}")
         hint = f"it holds {', '.join(found)}" if found else "it holds no .ckpt file"
         raise CheckpointError(f"ckpt_path={shown}: a folder without final.ckpt, last.ckpt or step*.ckpt; {hint}")

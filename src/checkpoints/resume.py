@@ -301,6 +301,8 @@ def forget_files_elsewhere(checkpoint: dict[str, Any], callbacks: list[Any]) -> 
         state = (checkpoint.get("callbacks") or {}).get(callback.state_key)
         if not isinstance(callback, ModelCheckpoint) or not isinstance(state, dict):
             continue
+        if type(callback).load_state_dict is not ModelCheckpoint.load_state_dict:
+            continue  # ours, which knows that a folder may have moved
         own = os.path.realpath(str(callback.dirpath))
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
             if key in state and os.path.dirname(os.path.realpath(str(state[key]))) != own:

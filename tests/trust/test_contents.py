@@ -248,6 +248,7 @@ STATES = {
     "moments that are words": lambda c: moments(c, exp_avg=lambda m: "much"),
     "many steps at once": lambda c: moments(c, step=lambda m: torch.zeros(3)),
     "parameters that are words": lambda c: group(c).update(params=["a"] * len(group(c)["params"])),
+    "kept by words": lambda c: kept(c, "Checkpoints").update(best_k_models={"a": "b"}),
     "kept that are none": lambda c: kept(c, "Checkpoints").update(best_k_models=5),
     "kept under no name": lambda c: kept(c, "Checkpoints").update(last_model_path=5),
     "a time without end": lambda c: c.update(seconds=10**400),
