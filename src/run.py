@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from src import __version__
 from src.build import model_from_config
 from src.callbacks.guard import Guard, RollBack
 from src.callbacks.preemption import Preemption, at_once
@@ -38,7 +39,7 @@ from src.components.canon import Canon
 from src.components.kernels.registry import forget_backends, used_backends
 from src.config import ConfigError, experiment_hash, instantiate
 from src.config.errors import printable
-from src.config.identity import changed_data
+from src.config.identity import VERSION, changed_data
 from src.config.schema import TARGET
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
@@ -399,6 +400,8 @@ def record(
     result = {
         "name": name,
         "config_hash": identity,
+        "identity": VERSION,
+        "version": __version__,
         "data": datamodule.fingerprint(),
         "parameters": net.count_parameters(),
         "flops_per_token": flops,

@@ -27,6 +27,7 @@ from src.reporting.console import Telling, plain_console  # noqa: E402
 from src.reporting.foreign import Unreadable, read_yaml  # noqa: E402
 from src.reporting.results import SweepResults, write_manifest  # noqa: E402
 from src.sweeps.cost import duration, estimates, print_jobs, print_matched, print_plan  # noqa: E402
+from src.sweeps.former import recognised  # noqa: E402
 from src.sweeps.jobs import is_finished  # noqa: E402
 from src.sweeps.local import Local  # noqa: E402
 from src.sweeps.plan import Job, Sweep  # noqa: E402
@@ -50,7 +51,8 @@ def sweep(config: DictConfig) -> None:
     planned = at_scale(described, plain["scale"], str(name)).along(plain["axes"] or {})
     scale = plain["scale"] if described.scales else ""
     with Telling() as told:
-        jobs, root = planned.jobs(told), Path(plain["jobs_dir"])
+        root = Path(plain["jobs_dir"])
+        jobs = recognised(planned.jobs(told), root, told)
         expected = estimates(jobs, root, told)
     command, changes = command_of(plain, str(name), scale)
     # A trial with other values does not take the place of the sweep itself.

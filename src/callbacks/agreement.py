@@ -19,6 +19,8 @@ from src.config import ConfigError
 class ConfigAgreement(Callback):
     """Stops the run, on every rank, when the ranks' configurations differ."""
 
+    config_name = "config_agreement"
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gathers the hashes."""
         if trainer.world_size == 1:

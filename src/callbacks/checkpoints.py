@@ -22,12 +22,14 @@ class Checkpoints(ModelCheckpoint):
     - A run that ends before its first checkpoint leaves ``final.ckpt`` (``src/run.py``) and no ``last.ckpt`` besides.
     """
 
+    config_name = "checkpoints"
+
     _resumed: Path | None = None
 
     @property
     def state_key(self) -> str:
-        """Under which a checkpoint holds this callback's state."""
-        return f"{type(self).__name__}({self.monitor}, {self.filename})"
+        """Under which a checkpoint holds this callback's state, whatever the class is called."""
+        return f"Checkpoints({self.monitor}, {self.filename})"
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notes where it lies, of which ``load_state_dict`` is not told."""

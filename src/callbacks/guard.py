@@ -71,6 +71,8 @@ class Guard(Callback):
         ValueError: for numbers out of range.
     """
 
+    config_name = "guard"
+
     def __init__(
         self,
         folder: str,
@@ -208,6 +210,11 @@ class Guard(Callback):
         return f"its batch is kept in {path}"
 
     # ---- over interruptions ----------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint holds this callback's state, whatever the class is called."""
+        return "Guard"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as one that was not stopped."""

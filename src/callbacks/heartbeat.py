@@ -52,6 +52,8 @@ class Heartbeat(Callback):
         timeout_seconds: after which one that does not answer counts as dead. A process that is merely busy answers: its thread does.
     """
 
+    config_name = "heartbeat"
+
     def __init__(self, interval_seconds: float = 2.0, timeout_seconds: float = 60.0):
         if interval_seconds <= 0 or timeout_seconds <= interval_seconds:
             raise ValueError(

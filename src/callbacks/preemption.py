@@ -61,6 +61,8 @@ class Preemption(Callback):
         ValueError: for a limit that leaves no time, or a negative margin.
     """
 
+    config_name = "preemption"
+
     def __init__(self, max_minutes: float | None = None, margin_minutes: float = 5.0):
         if margin_minutes < 0:
             raise ValueError(f"callbacks.preemption.margin_minutes={margin_minutes}: at least 0")

@@ -21,6 +21,8 @@ class Profile(Callback):
         rows: of the table.
     """
 
+    config_name = "profile"
+
     def __init__(self, folder: str, wait: int = 5, steps: int = 3, rows: int = 40):
         for name, value, least in (("wait", wait, 1), ("steps", steps, 1), ("rows", rows, 1)):
             if value < least:

@@ -24,6 +24,8 @@ SHORT = {
 class Bar(RichProgressBar):
     """Lightning's rich progress bar, with short names and without the version number."""
 
+    config_name = "progress_bar"
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The metrics beside the bar."""
         metrics = super().get_metrics(trainer, pl_module)
@@ -32,6 +34,8 @@ class Bar(RichProgressBar):
 
 class Lines(Callback):
     """Prints ``parts`` lines in the course of training, one for each validation, and one every ``seconds`` of longer evaluations."""
+
+    config_name = "progress_lines"
 
     def __init__(self, parts: int = 20, seconds: float = 15.0):
         self.parts, self.seconds = parts, seconds
@@ -96,6 +100,8 @@ class Lines(Callback):
 
 class Progress(Callback):
     """A bar on a terminal, lines elsewhere."""
+
+    config_name = "progress"
 
     def __new__(cls) -> Any:
         """One of the two."""

@@ -60,6 +60,8 @@ class Throughput(Callback):
         peak: operations per second of one device; None for what is known of it, and no utilisation if nothing is.
     """
 
+    config_name = "throughput"
+
     def __init__(self, peak: float | None = None) -> None:
         if peak is not None and peak <= 0:
             raise ValueError(f"callbacks.throughput.peak={peak}: operations per second, positive, or null")
@@ -91,6 +93,11 @@ class Throughput(Callback):
         if not any(tokens for tokens, _, _ in counted):
             counted = self.intervals
         return sum(c[0] for c in counted), sum(c[1] for c in counted), sum(c[2] for c in counted)
+
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint holds this callback's state, whatever the class is called."""
+        return "Throughput"
 
     def state_dict(self) -> dict[str, Any]:
         """What has been counted so far."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.checkpoints.integrity import CHECKPOINT_FORMAT
+from src.checkpoints.integrity import READABLE_FORMATS
 from src.checkpoints.plain import is_filled
 
 MOST_STEPS = 2**48
@@ -42,10 +42,10 @@ def check_contents(checkpoint: Any) -> None:
     """
     if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
         raise ValueError("not a checkpoint of this project: it has no 'config' and 'state_dict'")
-    if checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"it has checkpoint format {_shown(checkpoint.get('format'))}; this version reads {CHECKPOINT_FORMAT}"
-        )
+    written = checkpoint.get("format")
+    if type(written) is not int or written not in READABLE_FORMATS:
+        known = " and ".join(map(str, READABLE_FORMATS))
+        raise ValueError(f"it has checkpoint format {_shown(written)}; this version reads {known}")
     _check_parts(checkpoint)
     for key, kind in (_NEEDED | _OPTIONAL).items():
         value = checkpoint.get(key)

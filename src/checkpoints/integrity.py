@@ -13,7 +13,8 @@ from pathlib import Path
 
 from src.checkpoints.plain import refuse_compressed
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
+READABLE_FORMATS = (1, 2)  # 1 holds dotted paths of classes instead of their names
 PREFIX = "net."  # of the model's weights in a state_dict
 CHECKSUM = ".sha256"
 SUMS = "SHA256SUMS"  # of a folder of shards

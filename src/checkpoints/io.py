@@ -44,6 +44,8 @@ class CheckpointFiles(CheckpointIO):
         asynchronous: write in a thread while training goes on, from a copy of all tensors in memory.
     """
 
+    config_name = "checkpoint_files"
+
     def __init__(self, asynchronous: bool = False):
         self.asynchronous = asynchronous
         self.failed: str | None = None  # the newest checkpoint that could not be written

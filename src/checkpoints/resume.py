@@ -6,7 +6,6 @@ same steps are computed, how many there are, and how they are watched. What diff
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from fnmatch import fnmatchcase
@@ -17,11 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from src.checkpoints.files import CheckpointError
-from src.config import ConfigError
 from src.config.errors import printable
-from src.config.identity import computed
-from src.config.registry import class_of, section_of
-from src.config.schema import PARTIAL, TARGET
+from src.config.identity import computed, described
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +56,6 @@ SCORING = (
 )
 # Where evaluation is limited to some batches, so does what makes a batch of them.
 _BATCHING = ("data.eval_batch_size", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
-# Sections that others refer to, and that say nothing by themselves.
-_INGREDIENTS = ("size", "position", "canon")
 
 
 def check_same_run(
@@ -313,43 +307,15 @@ def forget_files_elsewhere(checkpoint: dict[str, Any], callbacks: list[Any]) -> 
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Every key whose values differ in what they compute, with both; an argument left out is one at its default.
+    """Every key whose values differ in what they compute, with both as they are written; an argument left out is one at its default.
 
     Args:
         theirs: a resolved configuration.
         ours: another.
     """
-    whole = [{key: value for key, value in computed(c).items() if key not in _INGREDIENTS} for c in (theirs, ours)]
-    significant = [{key: _without_defaults(value, key) for key, value in config.items()} for config in whole]
-    shown = [_flatten(config) for config in whole]
-    return {key: (shown[0].get(key), shown[1].get(key)) for key in _pairs(*map(_flatten, significant))}
-
-
-def _without_defaults(node: Any, where: str) -> Any:
-    """An option that did not exist when a checkpoint was written makes no difference while it is left at its default."""
-    if not isinstance(node, dict):
-        return node
-    defaults: dict[str, Any] = {}
-    if TARGET in node:
-        try:
-            parameters = inspect.signature(class_of(node[TARGET], where, section_of(where))).parameters
-        except ConfigError:  # a class of another version: its values stand for themselves
-            parameters = {}
-        defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-        defaults |= {PARTIAL: False}
-    return {
-        key: _without_defaults(value, f"{where}.{key}")
-        for key, value in node.items()
-        if not (key in defaults and _equal(value, defaults[key]))
-    }
-
-
-def _equal(value: Any, default: Any) -> bool:
-    if value is None or default is None or isinstance(value, bool) or isinstance(default, bool):
-        return value is default
-    return isinstance(value, str | int | float | list) and value == (
-        list(default) if isinstance(default, tuple) else default
-    )
+    written = [_flatten(computed(config)) for config in (theirs, ours)]
+    forms = [_flatten(described(config)) for config in (theirs, ours)]
+    return {key: (written[0].get(key), written[1].get(key)) for key in _pairs(*forms)}
 
 
 def _pairs(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

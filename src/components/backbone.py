@@ -48,6 +48,16 @@ class Backbone(nn.Module):
         ValueError: for sizes below 1, an empty pattern, or a letter of the pattern that names no mixer.
     """
 
+    config_name = "backbone"
+
+    @staticmethod
+    def one_form(arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that describe the same model, alike, and no mixer that no block has: what ``config/identity.py`` hashes."""
+        mixers, pattern = arguments.get("mixers"), arguments.get("pattern", "T")
+        if not isinstance(mixers, dict) or not isinstance(pattern, str):
+            return arguments
+        return arguments | {"mixers": {letter: mixer for letter, mixer in mixers.items() if letter in pattern}}
+
     def __init__(
         self,
         *,

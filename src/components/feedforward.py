@@ -37,6 +37,8 @@ class FeedForward(nn.Module):
         ValueError: for an unknown activation or a hidden width below 1.
     """
 
+    config_name = "feedforward"
+
     def __init__(
         self,
         dim: int,

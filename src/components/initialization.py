@@ -38,6 +38,8 @@ class Initialization:
             sqrt(2 (layer + 1)) ``current_depth``, sqrt(2 (depth + 1)) ``global_depth`` or dim / 4096 ``dim_ratio``.
     """
 
+    config_name = "initialization"
+
     scheme: Scheme = "fan_in"
     std: float | None = None
     embedding_std: float | None = None

@@ -58,6 +58,8 @@ class MixtureOfExperts(nn.Module):
         ValueError: for Canon point D, an unknown activation, or a number out of range.
     """
 
+    config_name = "mixture_of_experts"
+
     def __init__(
         self,
         dim: int,

@@ -29,6 +29,8 @@ Bias = Callable[[Tensor], Tensor]
 class NoPE:
     """No position information; also the interface that the others fill in."""
 
+    config_name = "nope"
+
     @property
     def differs_by_head(self) -> bool:
         """Whether heads are treated differently, so that which head is which matters."""
@@ -60,6 +62,8 @@ class RoPE(NoPE):
         heads: share of the heads that rotate, counted from the first.
         dims: share of each head's dimensions that rotate, counted from the first.
     """
+
+    config_name = "rope"
 
     theta: float = 10_000.0
     pairing: Literal["adjacent", "half_split"] = "adjacent"
@@ -124,6 +128,8 @@ class RoPE(NoPE):
 class ALiBi(NoPE):
     """Attention with linear biases; slope of head h = 1..H is 2^(-8h/H)."""
 
+    config_name = "alibi"
+
     @property
     def differs_by_head(self) -> bool:
         """Always."""
@@ -137,6 +143,8 @@ class ALiBi(NoPE):
 @dataclass(frozen=True)
 class HardALiBi(NoPE):
     """Head h of the first half sees the nearest h tokens, itself included; the second half sees everything."""
+
+    config_name = "hard_alibi"
 
     @property
     def differs_by_head(self) -> bool:

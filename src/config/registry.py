@@ -24,6 +24,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from src.config.errors import ConfigError, suggest
+from src.config.names import declared_in, path_of
 
 
 class Family(NamedTuple):
@@ -152,10 +153,7 @@ SECTIONS = {
     ),
 }
 
-# Names that configurations of earlier versions have, in checkpoints and in files of users' own, and what they are called now.
-MOVED = {"src.modules.optimizers.adamw": "src.modules.optimizers.AdamW"}
-
-_DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)  # no part begins with an underscore
+_NAME = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*", re.ASCII)  # no part begins with an underscore
 
 
 def section_of(where: str) -> Section:
@@ -174,7 +172,7 @@ def class_of(target: Any, where: str, section: Section) -> type[Any]:
     """The class that a ``_target_`` names, if the section may have it.
 
     Args:
-        target: as the configuration has it.
+        target: as the configuration has it: a declared name (``config/names.py``) or a dotted path.
         where: path of its node, for messages.
         section: that the node lies in.
 
@@ -182,9 +180,14 @@ def class_of(target: Any, where: str, section: Section) -> type[Any]:
         ConfigError: it names no class of the section; nothing but modules of the section's own packages has been imported.
     """
     said = f"{where}._target_={target!r}"
-    if not isinstance(target, str) or not _DOTTED.fullmatch(target) or len(target) > 200:
-        raise ConfigError(f"{said}: must be the dotted name of a class, without leading underscores")
-    target = MOVED.get(target, target)
+    if not isinstance(target, str) or len(target) > 200 or not _NAME.fullmatch(target):
+        raise ConfigError(f"{said}: must be the name or the dotted path of a class, without leading underscores")
+    own = tuple(dict.fromkeys(f.package for f in section.families if f.package.startswith("src.")))
+    target = path_of(target, own)
+    if "." not in target:
+        raise ConfigError(
+            f"{said} does not exist; {suggest(target, [n for package in own for n in declared_in(package)])}"
+        )
     module_name, _, name = target.rpartition(".")
     families = [f for f in section.families if _may_stand_in(module_name, f)]
     if not families:

@@ -66,6 +66,8 @@ class TaskDataModule(StreamDataModule):
         seed: of the data; all architectures compared should share it.
     """
 
+    config_name = "task_windows"
+
     def __init__(
         self,
         task: Task,

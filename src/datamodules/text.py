@@ -92,6 +92,8 @@ class TextDataModule(StreamDataModule):
         path: the file or folder to be read, for sources that need one.
     """
 
+    config_name = "text_windows"
+
     def __init__(
         self,
         source: Source | Callable[[str], Source],

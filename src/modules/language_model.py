@@ -17,11 +17,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from src import __version__
 from src.checkpoints.described import check_types, weights_of
 from src.checkpoints.integrity import CHECKPOINT_FORMAT
 from src.checkpoints.resume import check_states, forget_files_elsewhere, recut, set_epoch
 from src.components.backbone import Backbone
 from src.config import RunError
+from src.config.identity import with_names
 from src.datamodules.stream import data_share, reads_alone
 from src.evaluation.evaluators import Evaluator
 from src.modules.losses import NextTokenLoss
@@ -322,7 +324,8 @@ class LanguageModel(L.LightningModule):
         """Adds configuration and data fingerprint: plain containers, so that ``torch.load(weights_only=True)`` opens the file."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         checkpoint["format"] = CHECKPOINT_FORMAT
-        checkpoint["config"] = self.config
+        checkpoint["version"] = __version__
+        checkpoint["config"] = with_names(self.config)
         checkpoint["data"] = datamodule.fingerprint() if datamodule is not None else None
         checkpoint["pending_metrics"] = self._pending_metrics()
         counts = {name: pair for name, pair in self.counts.items() if name.startswith("val/")}

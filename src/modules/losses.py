@@ -34,6 +34,8 @@ class NextTokenLoss:
             of a backend (``torch``, ...) means always, on that backend. Evaluation looks at logits anyway.
     """
 
+    config_name = "next_token_loss"
+
     z_loss: float = 0.0
     z_loss_kind: Literal["log_z", "nll_squared"] = "log_z"
     fused: bool | str = "auto"

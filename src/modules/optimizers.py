@@ -72,6 +72,8 @@ class AdamW(torch.optim.AdamW):
         ValueError: for a non-positive learning rate, or a pattern that matches no parameter.
     """
 
+    config_name = "adamw"
+
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],

@@ -59,6 +59,8 @@ class Schedule:
 class Cosine(Schedule):
     """Half a cosine from 1 to ``min_ratio``."""
 
+    config_name = "cosine"
+
     def after_warmup(self, progress: float) -> float:
         """See ``Schedule.after_warmup``."""
         return self.min_ratio + 0.5 * (1 - self.min_ratio) * (1 + math.cos(math.pi * progress))
@@ -67,6 +69,8 @@ class Cosine(Schedule):
 class Linear(Schedule):
     """A straight line from 1 to ``min_ratio``."""
 
+    config_name = "linear_decay"
+
     def after_warmup(self, progress: float) -> float:
         """See ``Schedule.after_warmup``."""
         return 1 - (1 - self.min_ratio) * progress
@@ -74,6 +78,8 @@ class Linear(Schedule):
 
 class Constant(Schedule):
     """The peak rate after warm-up."""
+
+    config_name = "constant"
 
     def after_warmup(self, progress: float) -> float:
         """See ``Schedule.after_warmup``."""
@@ -87,6 +93,8 @@ class WSD(Schedule):
     Args:
         decay_share: share of all steps over which the rate falls to ``min_ratio``; ``min_ratio`` must be positive.
     """
+
+    config_name = "wsd"
 
     min_ratio: float = 0.01
     decay_share: float = 0.1

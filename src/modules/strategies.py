@@ -53,6 +53,8 @@ class Ddp(DDPStrategy):
             (``callbacks/heartbeat.py``); this is for those that hang.
     """
 
+    config_name = "ddp"
+
     def __init__(self, timeout_minutes: float = TIMEOUT_MINUTES):
         super().__init__(gradient_as_bucket_view=True, timeout=_timeout(timeout_minutes))
 
@@ -73,6 +75,8 @@ class Fsdp2(ModelParallelStrategy):
     Raises:
         ConfigError: at the start, when the numbers do not divide the number of processes.
     """
+
+    config_name = "fsdp2"
 
     def __init__(
         self,

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 class CSVLog(CSVLogger):
     """Metrics over time in ``<save_dir>/<name>/<version>/metrics.csv``; arguments are those of ``CSVLogger``."""
 
+    config_name = "csv_log"
+
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:

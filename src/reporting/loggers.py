@@ -52,6 +52,8 @@ class WandbLog(WandbLogger):
         log_model: send checkpoints too.
     """
 
+    config_name = "wandb_log"
+
     def __init__(
         self,
         folder: str,
@@ -99,6 +101,8 @@ class MLflowLog(MLFlowLogger):
         tags: of the run there.
         log_model: send checkpoints too.
     """
+
+    config_name = "mlflow_log"
 
     def __init__(
         self,

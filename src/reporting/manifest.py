@@ -149,7 +149,7 @@ def write_manifest(path: Path, name: str, scale: str, sweep: Sweep, jobs: list[J
         "command": command,
         "jobs": [
             {
-                "name": job.name,
+                "name": job.recorded_name,
                 "task": job.task,
                 "variant": job.variant,
                 "settings": job.settings,

@@ -29,7 +29,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from src import __version__
 from src.config import ConfigError
+from src.config.identity import VERSION
 from src.files import write_text
 from src.reporting.foreign import Unreadable
 from src.reporting.git import code_words, git_state
@@ -78,6 +80,8 @@ class Recorded:
         self.attempt: dict[str, Any] = {
             "status": RUNNING,
             "config_hash": config_hash,
+            "identity": VERSION,
+            "version": __version__,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "resumed_from": resumed_from,
             "started": _now(),

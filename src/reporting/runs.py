@@ -95,9 +95,34 @@ class Run:
             return LOST
         return FINISHED if status == FINISHED and self.results else LOST if status == FINISHED else status
 
+    @cached_property
+    def config_hash(self) -> str | None:
+        """What names the computation whose results lie here; None without results.
+
+        Before version 0.2.0 it was another kind of hash, and is taken anew of ``config.yaml``.
+        """
+        from src.config.identity import VERSION, experiment_hash  # with PyTorch, which a report does without
+
+        recorded = self.results.get("config_hash")
+        if recorded is None or self.results.get("identity") == VERSION:
+            return recorded
+        config = self.config
+        if self.results.get("identity") is not None or recorded != self.record.get("config_hash") or not config:
+            return recorded  # of a later version; or the configuration is no longer that of the results
+        composed = self._read(".hydra/config.yaml", read_yaml).get("model")
+        model = config.get("model")
+        if isinstance(model, dict) and isinstance(composed, dict) and composed.get("vocab_size") is None:
+            model["vocab_size"] = None  # the data filled it in
+        try:
+            return experiment_hash(config)
+        except (TypeError, ValueError, AttributeError, RecursionError):  # a stranger's, or damaged
+            return recorded
+
     def is_finished(self, config_hash: str) -> bool:
         """Whether a run of exactly this configuration has ended well here."""
-        return self.status == FINISHED and self.results.get("config_hash") == config_hash
+        if self.status != FINISHED:
+            return False
+        return config_hash == self.results.get("config_hash") or config_hash == self.config_hash
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -98,6 +98,8 @@ class Results(TypedDict, total=False):
     seconds: Required[Amount]
     name: str | None
     config_hash: str | None
+    identity: int | None
+    version: Named | None
     data: dict[str, Any] | None
     ended: Ended | None
     intervals: Annotated[dict[Named, Interval], Field(max_length=5000)] | None

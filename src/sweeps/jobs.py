@@ -35,7 +35,9 @@ class Start(NamedTuple):
 def is_finished(job: Job, root: Path) -> bool:
     """Whether a run of exactly this configuration has ended well, on the data that there are now."""
     run = Run(job.folder(root))
-    return run.is_finished(job.name) and not changed_data(run.results.get("data"), expected_data(job.config["data"]))
+    return run.is_finished(job.recorded_name) and not changed_data(
+        run.results.get("data"), expected_data(job.config["data"])
+    )
 
 
 def expected_data(data: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +89,11 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
     where = [f"{key}={as_override(str(folder))}" for key in ("hydra.run.dir", "paths.output_dir")]
     command = [sys.executable, str(ROOT / "src" / "train.py"), *job.overrides, *where]
     run = Run(folder)
-    if tidy and run.is_finished(job.name) and changed_data(run.results.get("data"), expected_data(job.config["data"])):
+    if (
+        tidy
+        and run.is_finished(job.recorded_name)
+        and changed_data(run.results.get("data"), expected_data(job.config["data"]))
+    ):
         _keep_other_run(folder)
     checkpoint = first_whole(newest_first(folder / "checkpoints"))
     if checkpoint is not None:

@@ -35,6 +35,8 @@ class Local:
         attempts: how often a job is started, in all, if it breaks off.
     """
 
+    config_name = "local"
+
     def __init__(
         self, workers: int | None = None, jobs_per_gpu: int = 1, threads: int | None = None, attempts: int = 2
     ):

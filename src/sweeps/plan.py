@@ -52,6 +52,7 @@ class Job:
     overrides: list[str]  # of configs/train.yaml
     config: dict[str, Any]  # resolved
     name: str  # hash of the configuration
+    former: str | None = None  # the name under which an earlier version has finished it
 
     @property
     def seed(self) -> int:
@@ -71,9 +72,14 @@ class Job:
             for keys, value in self.settings.items()
         )
 
+    @property
+    def recorded_name(self) -> str:
+        """The hash that its results bear."""
+        return self.former or self.name
+
     def folder(self, root: Path) -> Path:
         """Where the run is, below the folder of all jobs."""
-        return root / self.name
+        return root / self.recorded_name
 
     @property
     def command(self) -> str:
@@ -107,6 +113,8 @@ class Sweep:
         scales: name -> what is different at that scale: any of the arguments above; ``base`` is added to, the others are replaced.
         note: what to know about it.
     """
+
+    config_name = "sweep"
 
     title: str
     settings: dict[str, list[str]] = field(default_factory=dict)

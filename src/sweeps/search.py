@@ -26,6 +26,7 @@ from src.evaluation.evaluators import lower_is_better
 from src.files import Lock, strange_in
 from src.reporting.git import code_of, remarks_on_code
 from src.reporting.registry import Run
+from src.sweeps.former import recognised
 from src.sweeps.jobs import expected_data, is_finished, lock_of
 from src.sweeps.local import POLL, Local, interruptible, launch, stop
 from src.sweeps.plan import Job, job_of
@@ -52,6 +53,8 @@ class Search:
         seed: of the sampler.
         note: what to know about it.
     """
+
+    config_name = "search"
 
     title: str
     space: dict[str, dict[str, Any]]
@@ -255,8 +258,8 @@ class _Trials:
         if self.replaced:  # what is running ends, and counts if it has not read the new ones
             return
         trial = self.study.ask()
-        job = self.search.job(trial)
-        trial.set_user_attr(JOB, job.name)
+        (job,) = recognised([self.search.job(trial)], self.root)
+        trial.set_user_attr(JOB, job.recorded_name)
         if is_finished(job, self.root):
             self._tell(trial, job)
             self.told(job, "finished", 0.0)

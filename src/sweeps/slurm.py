@@ -36,6 +36,8 @@ class Slurm:
         wait: until all jobs have ended.
     """
 
+    config_name = "slurm"
+
     def __init__(
         self,
         cluster: Literal["slurm", "local"] = "slurm",

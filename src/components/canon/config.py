@@ -13,7 +13,7 @@ need that ("AbCD" of Gated DeltaNet and attention), so it is no error.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from src.components.canon.layer import Canon
 from src.components.kernels.causal_conv import check_backend
@@ -48,6 +48,24 @@ class CanonConfig:
         trainable: False freezes the weights at their initial values (the paper's "cst-Canon").
         backend: kernel of the convolution; ``auto`` takes the fastest that can run.
     """
+
+    config_name = "canon"
+
+    @staticmethod
+    def one_form(arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that describe the same layers, alike: what ``config/identity.py`` takes the hash of."""
+        letters = arguments.get("positions")
+        if letters is None or letters == "":
+            return {}  # of no layers nothing more is to be said
+        if not isinstance(letters, str) or not set(letters) <= set(POINTS):
+            return arguments
+        ordered = arguments | {"positions": "".join(letter for letter in POINTS if letter in letters)}
+        # Of the convolutions of point b alone little of the description is about (see above).
+        return (
+            ordered
+            if ordered["positions"] != "b"
+            else {k: v for k, v in ordered.items() if k in ("positions", "backend")}
+        )
 
     positions: str = ""
     kernel_size: int = 4

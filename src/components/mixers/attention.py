@@ -51,6 +51,8 @@ class Attention(Mixer):
             is below 1, or there is no such backend.
     """
 
+    config_name = "attention"
+
     def __init__(
         self,
         dim: int,

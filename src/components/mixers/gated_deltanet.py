@@ -44,6 +44,8 @@ class GatedDeltaNet(LinearMixer):
         ValueError: when heads do not divide the width, or ``expand_v`` gives no whole width.
     """
 
+    config_name = "gated_deltanet"
+
     def __init__(
         self,
         dim: int,

@@ -49,6 +49,8 @@ class GLA(LinearMixer):
         ValueError: when heads do not divide the widths, or an option does not exist.
     """
 
+    config_name = "gla"
+
     def __init__(
         self,
         dim: int,

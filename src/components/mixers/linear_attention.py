@@ -38,6 +38,8 @@ class LinearAttention(Mixer):
         ValueError: when heads do not divide the width.
     """
 
+    config_name = "linear_attention"
+
     def __init__(
         self,
         dim: int,

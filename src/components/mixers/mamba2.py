@@ -63,6 +63,8 @@ class Mamba2(Mixer):
         ValueError: when heads do not divide the inner width or groups do not divide the heads, or for an unknown ``init``.
     """
 
+    config_name = "mamba2"
+
     def __init__(
         self,
         dim: int,

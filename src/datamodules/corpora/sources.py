@@ -126,6 +126,8 @@ class PythonSource(Source):
     so do their fingerprints. Files that are not UTF-8 are skipped with one warning.
     """
 
+    config_name = "python_source"
+
     name = "python"
     _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
     _MACHINE_FILES = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py")
@@ -194,6 +196,8 @@ class TextFiles(Source):
     Raises CorpusError here if `path` does not exist or is neither file nor folder, and while reading if no file fits, a
     file cannot be read or is no text, a line is not a JSON object, or the text field is missing or holds no text.
     """
+
+    config_name = "text_files"
 
     def __init__(
         self,

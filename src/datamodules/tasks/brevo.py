@@ -131,6 +131,8 @@ class Brevo(Task):
         ValueError: for parameters out of range, or when there are not N different words.
     """
 
+    config_name = "brevo"
+
     N: int = 110
     multi_token: bool = False
     mini_vocab: int = 4

@@ -98,6 +98,8 @@ class Capo(Task):
         ValueError: for parameters out of range.
     """
 
+    config_name = "capo"
+
     num_people: int = 50_000
     exposures: int = 100
     permute: bool = True

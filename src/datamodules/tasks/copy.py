@@ -43,6 +43,8 @@ class Copy(Task):
         ValueError: for parameters out of range.
     """
 
+    config_name = "copy"
+
     N: int = 500
     length: int | None = None
     distinct: bool = True

@@ -61,6 +61,8 @@ class Depo(Task):
         ValueError: for parameters out of range, or when there are not N different words.
     """
 
+    config_name = "depo"
+
     N: int = 375
     K: int = 8
     mini_vocab: int = 50

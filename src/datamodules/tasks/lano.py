@@ -64,6 +64,8 @@ class Lano(Task):
         ValueError: for a grammar that does not exist or is not layered, and for levels that it does not have.
     """
 
+    config_name = "lano"
+
     grammar: str = "cfg3f"
     levels: int | None = None
     terminator: Literal["bos", "eos"] = "bos"

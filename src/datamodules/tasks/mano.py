@@ -75,6 +75,8 @@ class Mano(Task):
         ValueError: for parameters out of range.
     """
 
+    config_name = "mano"
+
     L: int = 10
     modulus: int = 23
     synonyms: bool = True

@@ -62,6 +62,8 @@ class MQAR(Task):
         ValueError: for parameters out of range.
     """
 
+    config_name = "mqar"
+
     num_pairs: int = 8
     length: int = 64
     vocabulary: int = 8192
