@@ -25,17 +25,17 @@ from src.checkpoints.files import (  # noqa: E402
     read_checkpoint,
 )
 from src.checkpoints.resume import check_same_data  # noqa: E402
+from src.cli.entry import entrypoint  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
-from src.config.errors import printable  # noqa: E402
 from src.datamodules.base import StreamDataModule  # noqa: E402
 from src.datamodules.task import TaskDataModule  # noqa: E402
 from src.datamodules.tasks import Task  # noqa: E402
-from src.entry import entrypoint  # noqa: E402
 from src.evaluation.statistics import intervals  # noqa: E402
 from src.modules.language_model import LanguageModel  # noqa: E402
-from src.reporting.registry import write_json  # noqa: E402
 from src.reporting.scores import print_scores  # noqa: E402
-from src.run import build_trainer  # noqa: E402
+from src.runs.registry import write_json  # noqa: E402
+from src.support.errors import printable  # noqa: E402
+from src.training.run import build_trainer  # noqa: E402
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from omegaconf import DictConfig  # noqa: E402
 
+from src.cli.entry import entrypoint  # noqa: E402
 from src.config import ConfigError, check_complete, instantiate  # noqa: E402
 from src.datamodules.text import TextDataModule  # noqa: E402
-from src.entry import entrypoint  # noqa: E402
-from src.reporting.console import print_cells  # noqa: E402
+from src.support.console import print_cells  # noqa: E402
 
 
 def prepare(config: DictConfig) -> None:

@@ -15,14 +15,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from omegaconf import DictConfig  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from src.cli.entry import entrypoint  # noqa: E402
 from src.config import ConfigError, suggest, to_plain  # noqa: E402
-from src.entry import entrypoint  # noqa: E402
-from src.files import leads_out, strange_in  # noqa: E402
-from src.reporting.console import Telling, plain_console  # noqa: E402
-from src.reporting.foreign import clean_text  # noqa: E402
 from src.reporting.page import write_report  # noqa: E402
 from src.reporting.results import UNVALIDATED, SweepResults, find_sweeps, outside_of  # noqa: E402
 from src.reporting.wording import identity  # noqa: E402
+from src.runs.foreign import clean_text  # noqa: E402
+from src.support.console import Telling, plain_console  # noqa: E402
+from src.support.files import leads_out, strange_in  # noqa: E402
 
 MOST_NAMED = 20  # files that could not be read, on the console; the page lists all
 

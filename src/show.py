@@ -19,15 +19,15 @@ from omegaconf import DictConfig  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from src.build import CONFIG_DIR, compose_config  # noqa: E402
+from src.cli.entry import entrypoint  # noqa: E402
 from src.config import ConfigError, check_complete, instantiate, to_plain  # noqa: E402
+from src.config.compose import CONFIG_DIR, compose_config  # noqa: E402
 from src.datamodules.task import TaskDataModule  # noqa: E402
 from src.datamodules.tasks import Task  # noqa: E402
 from src.datamodules.tasks.base import SPLITS  # noqa: E402
-from src.entry import entrypoint  # noqa: E402
-from src.reporting.console import plain_console  # noqa: E402
 from src.reporting.drawings import draw, draw_window  # noqa: E402
 from src.reporting.token_text import legend, packed_examples, token_text  # noqa: E402
+from src.support.console import plain_console  # noqa: E402
 
 
 def show(config: DictConfig) -> None:

@@ -17,15 +17,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from src.build import CONFIG_DIR  # noqa: E402
+from src.cli.entry import entrypoint, fail  # noqa: E402
 from src.config import ConfigError, config_hash, instantiate, to_plain  # noqa: E402
-from src.config.errors import printable  # noqa: E402
-from src.entry import entrypoint, fail  # noqa: E402
-from src.files import leads_out  # noqa: E402
-from src.overrides import as_override, quoted  # noqa: E402
-from src.reporting.console import Telling, plain_console  # noqa: E402
-from src.reporting.foreign import Unreadable, read_yaml  # noqa: E402
+from src.config.compose import CONFIG_DIR  # noqa: E402
+from src.config.quoting import as_override, quoted  # noqa: E402
 from src.reporting.results import SweepResults, write_manifest  # noqa: E402
+from src.runs.foreign import Unreadable, read_yaml  # noqa: E402
+from src.support.console import Telling, plain_console  # noqa: E402
+from src.support.errors import printable  # noqa: E402
+from src.support.files import leads_out  # noqa: E402
 from src.sweeps.cost import duration, estimates, print_jobs, print_matched, print_plan  # noqa: E402
 from src.sweeps.former import recognised  # noqa: E402
 from src.sweeps.jobs import is_finished  # noqa: E402

@@ -1,6 +1,6 @@
 """Train a sequence model: ``python src/train.py experiment=quickstart``; ``--help`` tells the rest.
 
-The story of a run is ``src/run.py``: configuration -> data, model, trainer -> fit -> test -> results on disk.
+The story of a run is ``src/training/run.py``: configuration -> data, model, trainer -> fit -> test -> results on disk.
 With ``compare`` in the configuration it is told once for each variant, and ends in one table and one figure.
 """
 
@@ -15,11 +15,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from src.comparison import compare  # noqa: E402
+from src.cli.comparison import compare  # noqa: E402
+from src.cli.entry import entrypoint  # noqa: E402
 from src.config import ConfigError, suggest  # noqa: E402
-from src.entry import entrypoint  # noqa: E402
 from src.reporting.scores import print_results  # noqa: E402
-from src.run import run  # noqa: E402
+from src.training.run import run  # noqa: E402
 
 
 def train(config: DictConfig) -> float | None:

@@ -19,8 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from src.build import CONFIG_DIR
-from src.entry import entrypoint
-from src.run import run
+from src.cli.entry import entrypoint
+from src.training.run import run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.entry import quieten
-from src.run import run
+from src.cli.entry import quieten
+from src.training.run import run
 from tests.runs import compose_run
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from src.build import CONFIG_DIR
-from src.checks import checked
-from src.comparison import variants
+from src.cli.comparison import variants
 from src.config import ConfigError, check, instantiate, to_plain
 from src.datamodules.base import StreamDataModule
 from src.datamodules.tasks import Capo
-from src.run import build_trainer, run
+from src.training.checks import checked
+from src.training.run import build_trainer, run
 from tests.runs import compose_run
 
 GROUPS = [

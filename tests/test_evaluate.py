@@ -13,7 +13,7 @@ from src.datamodules.stream import EvaluationBatches
 from src.datamodules.task import TaskDataModule
 from src.datamodules.tasks import Depo
 from src.evaluate import evaluate, part_of_split, precision_of
-from src.run import run
+from src.training.run import run
 from tests.runs import compose_run, results, tiny_run
 
 CAPO = ["experiment=smoke/capo", "compare=null", "size.dim=16", "size.depth=1", "trainer=cpu", "trainer.max_steps=1"]

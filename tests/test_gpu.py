@@ -12,7 +12,7 @@ from src.components.generation import Sampling, generate
 from src.components.kernels.attention import attention
 from src.components.kernels.registry import forget_backends, used_backends
 from src.components.mixers.attention import Attention
-from src.run import run
+from src.training.run import run
 from tests.runs import TINY, compose_run, results, tiny_run
 
 pytestmark = [

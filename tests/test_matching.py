@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-import src.matching
+import src.sweeps.matching
 from src.build import CONFIG_DIR, build_model, compose_config, model_from_config
 from src.components.backbone import Backbone
 from src.config import ConfigError, to_plain
-from src.matching import match_model
+from src.sweeps.matching import match_model
 
 MODELS = sorted(p.stem for p in (CONFIG_DIR / "model").glob("*.yaml") if p.stem != "base")
 SMALL = "model.vocab_size=50"  # so that the blocks decide
@@ -168,8 +168,8 @@ def test_widths_that_the_constructors_refuse_are_skipped():
 def test_few_models_are_built(monkeypatch):
     """Out of 2048 widths: five doublings, nine halvings and the look for what the width must be a multiple of."""
     built = []
-    net = src.matching._net
-    monkeypatch.setattr(src.matching, "_net", lambda *args: built.append(args) or net(*args))
+    net = src.sweeps.matching._net
+    monkeypatch.setattr(src.sweeps.matching, "_net", lambda *args: built.append(args) or net(*args))
     match_model(["model=gdn2", "size=8L768D", "size.depth=2", SMALL], budget="parameters", target=5_000_000_000)
     assert 0 < len(built) <= 20
 

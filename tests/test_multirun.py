@@ -70,6 +70,6 @@ def test_ranks_that_a_launcher_starts_with_different_draws_stop_and_say_why(tmp_
 
 @pytest.mark.parametrize("key", ["hydra/launcher=basic", "hydra.sweep.dir=x"])
 def test_hydras_own_keys_are_left_to_hydra(key):
-    from src.overrides import first_misspelt_key
+    from src.config.mistakes import first_misspelt_key
 
     assert first_misspelt_key("train", [key, "seed=1,2"]) is None

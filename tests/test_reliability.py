@@ -19,14 +19,14 @@ import pytest
 import torch
 
 import src.checkpoints.io
-import src.files
+import src.support.files
 from src.build import build_model
 from src.callbacks.guard import BadStep, Guard, replay
 from src.callbacks.preemption import REQUEUE, Preempted, Preemption
 from src.checkpoints import load_model
 from src.config import ConfigError
 from src.modules.language_model import LanguageModel
-from src.run import run as run_here
+from src.training.run import run as run_here
 from tests.runs import ROOT, TINY, compose_run, curve, final, free_port, results, same, tiny_run
 
 EVERY = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.save_top_k=2"]
@@ -329,8 +329,8 @@ def test_a_folder_that_has_moved_keeps_as_many_checkpoints_as_asked(tmp_path, mo
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(src.files.time, "monotonic", iter(range(0, 1000, 20)).__next__)  # nobody likes to wait
-    held = src.files.Lock(tmp_path, "run.lock")
+    monkeypatch.setattr(src.support.files.time, "monotonic", iter(range(0, 1000, 20)).__next__)  # nobody likes to wait
+    held = src.support.files.Lock(tmp_path, "run.lock")
     assert held.acquire()
     with pytest.raises(ConfigError, match="another process is at work in this folder"):
         tiny_run(tmp_path)

@@ -14,8 +14,8 @@ from src.build import model_from_config
 from src.checkpoints import CheckpointError, load_model, read_checkpoint
 from src.components.kernels.causal_conv import causal_conv
 from src.config import ConfigError
+from src.config.mistakes import first_misspelt_key
 from src.modules.schedules import Cosine
-from src.overrides import first_misspelt_key
 from src.train import train
 from tests.runs import TINY, command, curve, evaluation, final, main, results, same, tiny_run
 

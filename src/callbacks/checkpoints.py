@@ -19,7 +19,7 @@ class Checkpoints(ModelCheckpoint):
     - It saves the last step of all too; Lightning waits there for a validation, which may not come.
     - What it knows of the files that are to be kept outlives a change of ``every_n_train_steps``, and a run's folder that was moved.
     - The checkpoint that a run was resumed from is removed in its turn like all others.
-    - A run that ends before its first checkpoint leaves ``final.ckpt`` (``src/run.py``) and no ``last.ckpt`` besides.
+    - A run that ends before its first checkpoint leaves ``final.ckpt`` (``src/training/run.py``) and no ``last.ckpt`` besides.
     """
 
     config_name = "checkpoints"

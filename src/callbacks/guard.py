@@ -29,7 +29,7 @@ from torch import Tensor
 from src.checkpoints.files import newest_whole
 from src.checkpoints.plain import is_filled, load_plain
 from src.config import ConfigError, RunError
-from src.files import part_of
+from src.support.files import part_of
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from src.callbacks.checkpoints import Checkpoints
-from src.signals import answered
+from src.support.signals import answered
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 ASKED_BY_HAND = 130  # what shells make of Ctrl-C

@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 from src.checkpoints.files import CheckpointError, find_checkpoint, newest_first, problem_of, read_checkpoint
 from src.checkpoints.io import write_checkpoint
 from src.checkpoints.sharded import describe, is_sharded, write_shards
-from src.config.errors import printable
+from src.support.errors import printable
 
 
 def inspect(path: Path) -> int:

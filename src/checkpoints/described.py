@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from src.build import model_from_config
 from src.checkpoints.integrity import PREFIX
 from src.components.backbone import Backbone
+from src.config.building import model_from_config
 
 _OF_A_BLOCK = 3  # tensors that the smallest block has at least: a norm, and what leads into a mixer and out of it
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -21,8 +21,8 @@ from src.checkpoints.plain import load_plain
 from src.checkpoints.sharded import check_shards, is_sharded, read_shards
 from src.components.backbone import Backbone
 from src.config import ConfigError
-from src.config.errors import printable
-from src.files import put_aside
+from src.support.errors import printable
+from src.support.files import put_aside
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from src.checkpoints.integrity import CHECKSUM
 from src.checkpoints.plain import load_plain
 from src.checkpoints.sharded import is_sharded, read_shards
-from src.files import part_of, write_text
+from src.support.files import part_of, write_text
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from src.checkpoints.files import CheckpointError
-from src.config.errors import printable
 from src.config.identity import computed, described
+from src.support.errors import printable
 
 log = logging.getLogger(__name__)
 

@@ -35,13 +35,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from src.build import optimizer_without_kernels
 from src.checkpoints.described import described_model
 from src.checkpoints.description import META, METADATA, OPTIMIZER, WEIGHTS, read_metadata
 from src.checkpoints.integrity import PREFIX, SUMS, sha256
 from src.checkpoints.optimizer_state import named, numbered
 from src.checkpoints.plain import check_plain, load_plain
-from src.files import PART
+from src.config.building import optimizer_without_kernels
+from src.support.files import PART
 
 
 def is_sharded(path: Path) -> bool:

@@ -19,13 +19,10 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from src.config.errors import ConfigError
 from src.config.names import former_paths, name_of
 from src.config.registry import class_of, section_of
 from src.config.schema import PARTIAL, TARGET, to_plain
-
-# Of the form. Version 1 was a hash of every value and class path; records without a number are of it.
-VERSION = 2
+from src.support.errors import ConfigError
 
 _LEFT_OUT = (
     *("paths", "logger", "callbacks", "name", "tags", "ckpt_path", "optimized_metric", "compare", "hydra"),

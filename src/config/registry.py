@@ -23,8 +23,8 @@ import sys
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from src.config.errors import ConfigError, suggest
 from src.config.names import declared_in, path_of
+from src.support.errors import ConfigError, suggest
 
 
 class Family(NamedTuple):
@@ -138,7 +138,7 @@ SECTIONS = {
     "logger": Section(
         ("lightning.pytorch.loggers.Logger",),
         (
-            Family("src.reporting", "lightning.pytorch.loggers.Logger"),
+            Family("src.runs", "lightning.pytorch.loggers.Logger"),
             Family("lightning.pytorch.loggers", "lightning.pytorch.loggers.Logger"),
         ),
         named=True,

@@ -19,8 +19,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from src.config.errors import ConfigError, suggest
 from src.config.registry import Section, class_of, imported, section_of
+from src.support.errors import ConfigError, suggest
 
 TARGET, PARTIAL = "_target_", "_partial_"
 DEEPEST = 32  # levels of a configuration; ours have seven

@@ -18,7 +18,6 @@ from src.datamodules.stream import (
     data_share,
     leave_interrupts_to_the_run,
 )
-from src.evaluation.evaluators import Evaluator
 
 
 class StreamDataModule(L.LightningDataModule, ABC):
@@ -55,10 +54,6 @@ class StreamDataModule(L.LightningDataModule, ABC):
     def expected_vocab_size(self) -> int:
         """The same, where it can be told before the data are prepared; else what is asked for."""
         return self.vocab_size
-
-    @abstractmethod
-    def evaluator(self, split: str) -> Evaluator:
-        """A fresh metric for this data; ``split`` is val or test."""
 
     @property
     def training_steps(self) -> int | None:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from src.datamodules.base import StreamDataModule
 from src.datamodules.tasks.base import Split, Task
-from src.evaluation.task_evaluators import TaskEvaluator, task_evaluator
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,6 @@ class TaskDataModule(StreamDataModule):
         """Steps until the task's training examples have all been seen; None for a task without end."""
         windows = self.task.num_windows("train", self.window)
         return None if windows is None else -(-windows // self.batch_size)
-
-    def evaluator(self, split: str) -> TaskEvaluator:
-        """Loss, token accuracy, and the task's own score."""
-        return task_evaluator(self.task, self.seed, split, self.answers[split], self.eval_batch_size)
 
     def chance(self) -> dict[str, float]:
         """See ``StreamDataModule.chance``."""

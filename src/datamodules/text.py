@@ -23,8 +23,7 @@ from src.datamodules.corpora import (
     prepare,
     training_indices,
 )
-from src.datamodules.permutation import permute_array
-from src.evaluation.evaluators import TextEvaluator
+from src.support.permutation import permute_array
 
 # Keys of the permutations that pick evaluation windows.
 _SPREAD = {"val": 1, "test": 2}
@@ -166,10 +165,6 @@ class TextDataModule(StreamDataModule):
     def expected_vocab_size(self) -> int:
         """What the tokeniser is asked to have."""
         return self.options.expected_vocab_size
-
-    def evaluator(self, split: str) -> TextEvaluator:
-        """Loss, token accuracy and bits per byte of the texts themselves."""
-        return TextEvaluator(self.corpus.tokenizer.bytes_per_token, self.corpus.bytes_ratio(split))
 
     def fingerprint(self) -> dict[str, Any]:
         """The corpus's own, which covers every document and the tokeniser, and how it is cut."""

@@ -18,12 +18,6 @@ from src.datamodules.tasks.lano import Lano, entropy, kl_divergence
 from src.evaluation.evaluators import Evaluator
 
 
-def task_evaluator(task: Task, seed: int, split: str, written: int, batch_size: int) -> TaskEvaluator:
-    """The evaluator that suits a task; arguments as in ``TaskEvaluator``."""
-    kind = {Lano: LanoEvaluator, Capo: CapoEvaluator}.get(type(task), TaskEvaluator)
-    return kind(task, seed, split, written, batch_size)
-
-
 class TaskEvaluator(Evaluator):
     """Adds a task's score: ``accuracy`` over all answers, ``accuracy/<group>`` by difficulty, and the task's extras.
 

@@ -25,11 +25,12 @@ from src.components.backbone import Backbone
 from src.config import RunError
 from src.config.identity import with_names
 from src.datamodules.stream import data_share, reads_alone
+from src.evaluation.choice import evaluator_of
 from src.evaluation.evaluators import Evaluator
 from src.modules.losses import NextTokenLoss
 from src.modules.optimizers import check_loaded
 from src.modules.parallel import lay_out
-from src.reporting.csv_log import CSVLog
+from src.runs.csv_log import CSVLog
 
 
 def is_log_step(trainer: Any, step: int) -> bool:
@@ -160,7 +161,7 @@ class LanguageModel(L.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if datamodule is not None and not len(self.evaluators):
             for split in ("val", "test"):
-                self.evaluators[split] = datamodule.evaluator(split)
+                self.evaluators[split] = evaluator_of(datamodule, split)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule stepped after every update."""

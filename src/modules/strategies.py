@@ -34,7 +34,7 @@ from src.checkpoints.optimizer_state import named, numbered
 from src.checkpoints.plain import load_plain
 from src.checkpoints.sharded import checksums, restore
 from src.config import ConfigError, RunError
-from src.files import PART
+from src.support.files import PART
 
 TIMEOUT_MINUTES = 30.0
 

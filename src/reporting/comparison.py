@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.reporting.console import print_cells
-from src.reporting.runs import Run
+from src.runs.runs import Run
+from src.support.console import print_cells
 
 # What the figure shows, of the metrics that exist: the first that every variant has, by kind of data.
 CURVES = ("val/bits_per_parameter", "val/accuracy", "val/bits_per_byte", "val/loss")

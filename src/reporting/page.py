@@ -23,7 +23,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from src.files import part_of
 from src.reporting.exports import export_tables, slugs, write_csv
 from src.reporting.figures import Figure
 from src.reporting.leaderboard import leaderboards
@@ -31,10 +30,12 @@ from src.reporting.palette import THEMES, looks, on_scale, scale
 from src.reporting.pictures import draw_pictures, panels_of
 from src.reporting.published import beside
 from src.reporting.results import SweepResults
-from src.reporting.runs import Run, run_line
 from src.reporting.sections import MOST_ROWS, Section
 from src.reporting.tables import SweepTables
-from src.reporting.wording import BEST, MEAN, duration, identity, known, number, rate
+from src.reporting.wording import BEST, MEAN, identity, known, number, rate
+from src.runs.runs import Run, run_line
+from src.support.console import duration
+from src.support.files import part_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_TEXT = 300  # characters of a name

@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.evaluation.names import lower_is_better
-from src.reporting.foreign import Unreadable, clean_text
-from src.reporting.git import code_of, remarks_on_code
-from src.reporting.manifest import read_manifest, remarks_on_taking, taken_by, write_manifest  # noqa: F401 (the last for others)
-from src.reporting.runs import COSTS, FINISHED, UNREADABLE, Run, find, find_runs
-from src.reporting.schema import LARGEST
 from src.reporting.statistics import Difference, Interval, difference, student_interval
+from src.runs.foreign import Unreadable, clean_text
+from src.runs.git import code_of, remarks_on_code
+from src.runs.runs import COSTS, FINISHED, UNREADABLE, Run, find, find_runs
+from src.runs.schema import LARGEST
+from src.sweeps.manifest import read_manifest, remarks_on_taking, taken_by, write_manifest  # noqa: F401 (the last for others)
 from src.sweeps.statements import Statement, is_repetition
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.config.errors import RunError, printable
-from src.reporting.console import print_cells
-from src.reporting.foreign import Unreadable, read_json
-from src.reporting.schema import RESULTS
+from src.runs.foreign import Unreadable, read_json
+from src.runs.schema import RESULTS
+from src.support.console import print_cells
+from src.support.errors import RunError, printable
 
 
 def print_scores(

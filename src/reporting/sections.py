@@ -9,14 +9,12 @@ from typing import Any
 from src.reporting import figures
 from src.reporting.figures import COSTS_SHOWN, Figure
 from src.reporting.palette import Look
-from src.reporting.runs import FINISHED, Run
 from src.reporting.tables import Line, Row, SweepTables, of_row
 from src.reporting.wording import (
     MARKS,
     NOTHING,
     TONES,
     compact,
-    duration,
     interval,
     known,
     metric_words,
@@ -28,6 +26,8 @@ from src.reporting.wording import (
     smallest_p,
     title,
 )
+from src.runs.runs import FINISHED, Run
+from src.support.console import duration
 from src.sweeps.statements import is_repetition
 
 MOST_ROWS = 1000  # of a table on the page; its CSV file has all of them

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.reporting.results import Cell, SweepResults, compare
-from src.reporting.runs import COSTS, Run
 from src.reporting.statistics import Difference, holm
 from src.reporting.wording import half_interval, in_words, known, short_settings
+from src.runs.runs import COSTS, Run
 
 MOST_POINTS = 300  # of a curve; beyond that, neighbouring steps are averaged
 FEWEST_POINTS = 60  # to which that goes down where there are so many curves that the page would be too large

@@ -59,14 +59,6 @@ def half_interval(low: Any, high: Any) -> float | None:
     return (high - low) / 2 if known(low) and known(high) else None
 
 
-def duration(seconds: float) -> str:
-    """Such as 42 s, 12 min, 3.5 h, 2.1 days."""
-    for limit, unit, name in ((100, 1, "s"), (100 * 60, 60, "min"), (72 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}" if name != "h" else f"{seconds / unit:.1f} h"
-    return f"{seconds / 86_400:.1f} days"
-
-
 def compact(value: Any, unit: str = "") -> str:
     """Three digits and a prefix: 17.7k, 1.30M, 54.4G."""
     if not known(value):

@@ -28,9 +28,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.build import CONFIG_DIR, compose_config
 from src.config import to_plain
-from src.overrides import literal
+from src.config.compose import CONFIG_DIR, compose_config
+from src.config.quoting import literal
 
 Plain = dict[str, Any]
 # Of resolvers, those that look at their arguments only.

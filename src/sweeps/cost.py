@@ -10,13 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from src.build import model_from_config
 from src.components.backbone import Backbone
 from src.config import instantiate
+from src.config.building import model_from_config
 from src.datamodules.base import StreamDataModule
-from src.reporting.console import plain_console, print_cells
-from src.reporting.runs import Run
-from src.reporting.wording import duration
+from src.runs.runs import Run
+from src.support.console import duration, plain_console, print_cells
 from src.sweeps.jobs import is_finished
 from src.sweeps.plan import Job, Match, is_repetition
 

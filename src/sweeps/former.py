@@ -14,9 +14,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from src.files import write_text
-from src.reporting.foreign import Unreadable, read_json
-from src.reporting.runs import FINISHED, Run
+from src.config.records import hash_of
+from src.runs.foreign import Unreadable, read_json
+from src.runs.runs import FINISHED, Run
+from src.support.files import write_text
 from src.sweeps.plan import Job
 
 INDEX = "former.json"
@@ -54,7 +55,7 @@ def former_folders(root: Path, told: Callable[[str], object] = lambda words: Non
         if folder.is_symlink() or run.status != FINISHED or run.results.get("identity") is not None:
             continue
         told(f"reading jobs of an earlier version, {number:,} of {len(unknown):,}")
-        known = known | {folder.name: run.config_hash or ""}
+        known = known | {folder.name: hash_of(run) or ""}
     if known != before:
         with suppress(OSError):  # somebody else's folder: they are read again the next time
             write_text(root / INDEX, json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
 """The folder of a job: what is there already, who is working on it, and how to start it.
 
-A job's folder is a run's folder (``src/reporting/registry.py``) and ``job.lock``. Whoever holds the lock runs the job. The lock is
+A job's folder is a run's folder (``src/runs/registry.py``) and ``job.lock``. Whoever holds the lock runs the job. The lock is
 inherited by the job's own process, so it lasts as long as that: when a sweep is killed its jobs go on, and the next sweep
 waits for them instead of starting them again. Several sweeps may share the work, on one machine or on a shared file system.
 """
@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 from src.checkpoints.files import first_whole, newest_first, read_checkpoint
 from src.config import ConfigError, instantiate
 from src.config.identity import changed_data
+from src.config.quoting import as_override
+from src.config.records import has_finished
 from src.datamodules.base import StreamDataModule
-from src.files import Lock, strange_in
-from src.overrides import as_override
-from src.reporting.runs import Run
+from src.runs.runs import Run
+from src.support.files import Lock, strange_in
 from src.sweeps.plan import Job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ class Start(NamedTuple):
 def is_finished(job: Job, root: Path) -> bool:
     """Whether a run of exactly this configuration has ended well, on the data that there are now."""
     run = Run(job.folder(root))
-    return run.is_finished(job.recorded_name) and not changed_data(
+    return has_finished(run, job.recorded_name) and not changed_data(
         run.results.get("data"), expected_data(job.config["data"])
     )
 
@@ -91,7 +92,7 @@ def start_of(job: Job, root: Path, *, tidy: bool = True) -> Start:
     run = Run(folder)
     if (
         tidy
-        and run.is_finished(job.recorded_name)
+        and has_finished(run, job.recorded_name)
         and changed_data(run.results.get("data"), expected_data(job.config["data"]))
     ):
         _keep_other_run(folder)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from src.config import ConfigError
 from src.sweeps.statements import Match, Statement
-
-if TYPE_CHECKING:
-    from src.sweeps.plan import Sweep
 
 OVERRIDES = "overrides, [seed=1, model=gla]"
 SAID = "{better: ..., than: ..., by: 0.1}"
 
 
-def check_kinds(sweep: Sweep) -> None:
+def check_kinds(sweep: Any) -> None:
     """Checks every part of a sweep; those of a scale are checked when the sweep is at that scale.
 
     Raises:
@@ -42,7 +39,7 @@ def check_kinds(sweep: Sweep) -> None:
     _demand(isinstance(match, Match | Mapping | None), "sweep.match", match, "{budget: parameters, to: ...}")
 
 
-def _check_choices(sweep: Sweep) -> None:
+def _check_choices(sweep: Any) -> None:
     for name in ("tasks", "variants"):
         value = getattr(sweep, name)
         if isinstance(value, list):

@@ -16,8 +16,8 @@ import torch
 
 from src.callbacks.preemption import REQUEUE
 from src.config import ConfigError
-from src.files import Lock
-from src.signals import answered
+from src.support.files import Lock
+from src.support.signals import answered
 from src.sweeps.jobs import ROOT, is_finished, lock_of, start_of
 from src.sweeps.plan import Job
 

@@ -28,15 +28,16 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from src.build import CONFIG_DIR, check_measured, compose_config, swept_over
-from src.checks import checked
 from src.config import ConfigError, experiment_hash, instantiate, suggest, to_plain
+from src.config.compose import CONFIG_DIR, compose_config, swept_over
+from src.config.mistakes import first_misspelt_key
+from src.config.quoting import as_override, quoted
 from src.datamodules.base import StreamDataModule
-from src.matching import match_model
-from src.overrides import as_override, first_misspelt_key, quoted
 from src.sweeps.compositions import Composer
 from src.sweeps.kinds import check_kinds, check_texts
+from src.sweeps.matching import match_model
 from src.sweeps.statements import SEED, Match, Statement, is_repetition
+from src.training.checks import check_measured, checked
 
 RECIPE = "recipe"
 SMALLEST = "smoke"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.reporting.registry import Run
+from src.runs.registry import Run
 from src.sweeps.cost import corrected, duration, kind_of, makespan
 from src.sweeps.jobs import is_finished
 from src.sweeps.plan import Job

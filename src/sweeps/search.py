@@ -20,16 +20,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from src.build import check_measured, compose_config
 from src.config import ConfigError, config_hash, to_plain
+from src.config.compose import compose_config
 from src.evaluation.evaluators import lower_is_better
-from src.files import Lock, strange_in
-from src.reporting.git import code_of, remarks_on_code
-from src.reporting.registry import Run
+from src.runs.git import code_of, remarks_on_code
+from src.runs.registry import Run
+from src.support.files import Lock, strange_in
 from src.sweeps.former import recognised
 from src.sweeps.jobs import expected_data, is_finished, lock_of
 from src.sweeps.local import POLL, Local, interruptible, launch, stop
 from src.sweeps.plan import Job, job_of
+from src.training.checks import check_measured
 
 log = logging.getLogger(__name__)
 

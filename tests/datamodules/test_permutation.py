@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from src.datamodules.permutation import inverse_permute, inverse_permute_array, permute, permute_array
+from src.support.permutation import inverse_permute, inverse_permute_array, permute, permute_array
 
 WORD = 2**64 - 1
 EDGES = sorted({1, 2, 3, 5, 6, 7, 1000, *(2**b + d for b in (2, 4, 6, 8, 9, 10, 11, 12, 16) for d in (-1, 0, 1))})

@@ -15,6 +15,7 @@ from src.build import compose_config
 from src.config import instantiate
 from src.datamodules.corpora import CorpusError, TextFiles, TokenizerOptions, corpus_identity, files
 from src.datamodules.text import TextDataModule
+from src.evaluation.choice import evaluator_of
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_bits_per_byte_are_of_the_text_and_not_of_its_tokens(module, tmp_path):
     backend.save(str(tmp_path / "t.json"))
     data = module(tokenizer=str(tmp_path / "t.json"))
     stream, length = data.corpus.split("test"), 32
-    evaluator = data.evaluator("test")
+    evaluator = evaluator_of(data, "test")
     every = torch.from_numpy(stream.windows(np.arange(stream.num_windows(length)), length))
     mask = torch.ones_like(every, dtype=torch.bool)
     count = every[:, 1:].numel()

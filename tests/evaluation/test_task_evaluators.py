@@ -12,8 +12,9 @@ from src.components.cache import Cache
 from src.datamodules.task import TaskDataModule
 from src.datamodules.tasks import Brevo, Capo, Depo, Lano, Mano
 from src.datamodules.tasks.capo import ceiling_bits
+from src.evaluation.choice import evaluator_class
 from src.evaluation.evaluators import targets_of
-from src.evaluation.task_evaluators import CapoEvaluator, LanoEvaluator, TaskEvaluator, task_evaluator
+from src.evaluation.task_evaluators import CapoEvaluator, LanoEvaluator, TaskEvaluator
 
 
 def windows(task, length, count=6, split="val", seed=0) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def test_ranks_that_do_not_count_add_nothing():
 def test_teacher_forced_tasks_need_no_writing(task):
     batch = windows(task, 128)
     targets = targets_of(batch)
-    evaluator = task_evaluator(task, 0, "val", 0, 8)
+    evaluator = evaluator_class(task)(task, 0, "val", 0, 8)
     logits = certain(targets, task.vocab_size)
     evaluator.update(batch, logits, nll_of(logits, targets))
     found = evaluator.compute()
@@ -238,4 +239,4 @@ def test_capacity_counts_the_model_s_own_parameters():
 
 def test_every_task_has_its_evaluator():
     for task, kind in ((Depo(N=5), TaskEvaluator), (Lano(), LanoEvaluator), (Capo(num_people=5), CapoEvaluator)):
-        assert type(task_evaluator(task, 0, "val", 1, 1)) is kind
+        assert evaluator_class(task) is kind

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from src.reporting.registry import FAILED, FINISHED, write_json
 from src.reporting.results import SweepResults, write_manifest
+from src.runs.registry import FAILED, FINISHED, write_json
 from src.sweeps.plan import Job, Statement, Sweep
 
 VARIANTS = ("NoPE", "NoPE + Canon", "RoPE", "RoPE + Canon")

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from src.comparison import summarise
+from src.cli.comparison import summarise
 from src.reporting.comparison import Variant, draw, print_table
 from tests.runs import TINY, compose_run
 

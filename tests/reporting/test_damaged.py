@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 
 from src.config import ConfigError
 from src.report import report
-from src.reporting import runs as runs_module
 from src.reporting import tables as tables_module
-from src.reporting.foreign import Unreadable, read_json, read_yaml
 from src.reporting.page import write_report
 from src.reporting.results import SweepResults, find_sweeps
-from src.reporting.runs import Run, find_runs, runs_table
-from src.reporting.schema import MANIFEST, RECORD
 from src.reporting.tables import SweepTables
+from src.runs import runs as runs_module
+from src.runs.foreign import Unreadable, read_json, read_yaml
+from src.runs.runs import Run, find_runs, runs_table
+from src.runs.schema import MANIFEST, RECORD
 from src.sweeps.plan import Statement
 from tests.reporting.fake_sweeps import make_sweep, plain_run
 from tests.runs import main

@@ -13,15 +13,15 @@ from omegaconf import OmegaConf
 from src.config import ConfigError
 from src.report import chosen, outside_of, report
 from src.reporting import palette
-from src.reporting.console import Telling
 from src.reporting.exports import latex, slugs
 from src.reporting.figures import shares_of
 from src.reporting.page import write_report
 from src.reporting.published import beside, published, table
-from src.reporting.registry import Run, find_runs
 from src.reporting.results import find_sweeps
 from src.reporting.tables import MOST_POINTS, Row, SweepTables
 from src.reporting.wording import compact, in_words, interval, metric_words, number, scored
+from src.runs.registry import Run, find_runs
+from src.support.console import Telling
 from src.sweeps.plan import Statement
 from tests.reporting.fake_sweeps import VARIANTS, make_sweep, plain_run
 from tests.runs import ROOT

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from src.reporting.published import beside
-from src.reporting.registry import write_json
 from src.reporting.results import SweepResults
 from src.reporting.tables import SweepTables
+from src.runs.registry import write_json
 from tests.reporting.fake_sweeps import make_sweep
 
 KL = {"task": "Lano-KL", "difficulty": "cfg3f", "size": "8L512D"}

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from src.config import experiment_hash, to_plain
-from src.reporting import registry
-from src.reporting.csv_log import CSVLog
-from src.reporting.registry import Recorded, Run, find_runs, runs_table
+from src.runs import registry
+from src.runs.csv_log import CSVLog
+from src.runs.registry import Recorded, Run, find_runs, runs_table
 from tests.runs import ROOT, TINY, compose_run, results, tiny_run
 
 
@@ -97,7 +97,7 @@ def test_failures_and_interruptions_are_written_down(tmp_path):
 
 def test_a_run_that_was_killed_is_lost_and_not_running(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from src.reporting.registry import Recorded\n"
+        "import sys, time; from pathlib import Path; from src.runs.registry import Recorded\n"
         "with Recorded(Path(sys.argv[1]), 'abc'): time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)

@@ -9,13 +9,13 @@ import pytest
 from src.evaluation import task_evaluators  # noqa: F401 (all evaluators)
 from src.evaluation.evaluators import Evaluator
 from src.evaluation.names import lower_is_better
-from src.reporting.git import code_of
-from src.reporting.manifest import data_name
-from src.reporting.registry import write_json
 from src.reporting.results import SweepResults, compare, find_sweeps, judge, write_manifest
 from src.reporting.sections import facts
 from src.reporting.statistics import difference
 from src.reporting.tables import SweepTables
+from src.runs.git import code_of
+from src.runs.registry import write_json
+from src.sweeps.manifest import data_name
 from src.sweeps.plan import Job, Statement, Sweep
 from tests.reporting.fake_sweeps import make_sweep
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from src.config.errors import RunError
 from src.reporting.comparison import Variant, print_table
-from src.reporting.console import Telling, plain_console, print_cells
 from src.reporting.scores import print_results, print_scores
+from src.support.console import Telling, plain_console, print_cells
+from src.support.errors import RunError
 
 RESULTS = {"name": "mine", "steps": 5, "seconds": 1.5, "metrics": {"val/loss": 2.0, "test/accuracy": 0.5}}
 RESULTS |= {

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from src.config import ConfigError
-from src.files import Lock
-from src.reporting.registry import Run
+from src.runs.registry import Run
+from src.support.files import Lock
 from src.sweeps import local
 from src.sweeps.jobs import Start, is_finished, start_of
 from src.sweeps.local import Local, visible_gpus

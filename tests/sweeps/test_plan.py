@@ -9,12 +9,12 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from src.build import CONFIG_DIR, compose_config
-from src.checks import check_machine
 from src.config import ConfigError, experiment_hash, instantiate, to_plain
 from src.sweeps.compositions import Composer
 from src.sweeps.cost import duration, estimates, net_of, print_matched, training_flops
 from src.sweeps.plan import Job, Match, Statement, Sweep, as_override, job_of, quoted
 from src.sweeps.search import Search
+from src.training.checks import check_machine
 
 SWEEPS = sorted(
     str(p.relative_to(CONFIG_DIR / "sweep").with_suffix(""))

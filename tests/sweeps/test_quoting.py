@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from src.build import compose_config
 from src.config import ConfigError, to_plain
-from src.overrides import as_override, quoted
-from src.reporting.runs import Run
+from src.config.quoting import as_override, quoted
+from src.runs.runs import Run
 from src.sweep import command_of, read
 from src.sweeps.jobs import is_finished, start_of
 from src.sweeps.local import Local

@@ -7,8 +7,8 @@ import pytest
 import submitit
 
 from src.config import ConfigError
-from src.files import Lock
-from src.reporting.registry import Run
+from src.runs.registry import Run
+from src.support.files import Lock
 from src.sweeps.jobs import is_finished
 from src.sweeps.slurm import Slurm, run_job
 from tests.sweeps.test_local import plan

@@ -15,7 +15,7 @@ from src.checkpoints.files import newest_first
 from src.checkpoints.integrity import damage
 from src.checkpoints.sharded import write_shards
 from src.config import ConfigError
-from src.reporting.runs import find_runs
+from src.runs.runs import find_runs
 from src.train import train
 from tests.runs import TINY, tiny_run
 from tests.runs import main as main_of

@@ -25,8 +25,8 @@ from src.checkpoints.sharded import META, METADATA, checksums, write_shards
 from src.config import ConfigError
 from src.datamodules.corpora import CorpusError, TextFiles, Tokenizer
 from src.evaluate import data_of, of_checkpoint
-from src.reporting.registry import find_runs, runs_table
 from src.reporting.results import find_sweeps
+from src.runs.registry import find_runs, runs_table
 from tests.reporting.fake_sweeps import make_sweep
 from tests.runs import tiny_run
 from tests.trust.test_registry import attacks

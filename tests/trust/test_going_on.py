@@ -20,7 +20,7 @@ from src.checkpoints.files import find_checkpoint
 from src.config import ConfigError
 from src.evaluate import evaluate
 from src.modules.language_model import LanguageModel
-from src.reporting.runs import Run
+from src.runs.runs import Run
 from tests.runs import compose_run, tiny_run
 from tests.trust.test_resumed import EVERY, killed_after, results
 

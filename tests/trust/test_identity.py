@@ -16,8 +16,8 @@ from src.checkpoints.files import find_checkpoint
 from src.config import ConfigError, experiment_hash, to_plain
 from src.evaluate import evaluate
 from src.modules.language_model import LanguageModel
-from src.run import build_trainer
 from src.train import train as train_command
+from src.training.run import build_trainer
 from tests.runs import TINY, compose_run, curve, evaluation, final, main, results, same, tiny_run
 
 CORPUS = ["data=text_files", "data.tokenizer=bytes", "data.window=64", "data.batch_size=4", "data.eval_batch_size=4"]
@@ -100,7 +100,7 @@ def test_results_on_files_that_were_replaced_do_not_stand(tmp_path):
     options += [option for option in TINY if not option.startswith("data")]
     run = tmp_path / "run"
     tiny = compose_run(run, *options, "ckpt_path=auto")
-    from src.run import run as run_here
+    from src.training.run import run as run_here
 
     first = run_here(tiny)
     assert run_here(compose_run(run, *options, "ckpt_path=auto")) == first
@@ -122,7 +122,7 @@ def test_a_grammar_or_tokenizer_file_that_was_replaced(tmp_path):
         "data.window=256",
         *(o for o in TINY if not o.startswith(("data=", "data.window"))),
     ]
-    from src.run import run as run_here
+    from src.training.run import run as run_here
 
     run = tmp_path / "run"
     run_here(compose_run(run, *options, "ckpt_path=auto"))
@@ -302,7 +302,9 @@ def test_training_ends_after_whole_steps(tmp_path, monkeypatch):
             trainer.should_stop = trainer.should_stop or trainer.fit_loop.epoch_loop.total_batch_idx == 4
 
     with monkeypatch.context() as patch:
-        patch.setattr("src.run.build_trainer", lambda plain, build=build_trainer: with_callback(build(plain), Ends()))
+        patch.setattr(
+            "src.training.run.build_trainer", lambda plain, build=build_trainer: with_callback(build(plain), Ends())
+        )
         tiny_run(run, *options, "+trainer.max_time=00:01:00:00")
     assert results(run)["steps"] == 3
     found = tiny_run(run, *options, "+trainer.max_time=00:02:00:00", "ckpt_path=auto")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.build import CONFIG_DIR
-from src.run import run
+from src.training.run import run
 from tests.measured import note
 from tests.runs import ROOT, TINY, compose_run, curve, final
 from tests.trust.page import MODEL_COLUMNS, PAGE

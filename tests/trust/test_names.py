@@ -18,14 +18,16 @@ import torch
 
 from src.checkpoints import load_model, read_checkpoint
 from src.config import ConfigError, experiment_hash, to_plain
-from src.config.identity import VERSION, defaults_of, described
+from src.config.identity import defaults_of, described
 from src.config.names import declared_in, former_paths, name_of
+from src.config.records import hash_of as hash_of_run
 from src.config.registry import SECTIONS, class_of, imported, section_of
-from src.reporting.runs import Run
-from src.run import run
+from src.runs.runs import Run
+from src.runs.schema import IDENTITY
 from src.sweeps.former import INDEX, recognised
 from src.sweeps.jobs import is_finished
 from src.sweeps.plan import Job, Sweep
+from src.training.run import run
 from tests.runs import ROOT, compose_run, results
 
 FIXTURES = ROOT / "tests" / "fixtures" / "identity"
@@ -230,8 +232,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(former_jobs):
     (folder / "results.json").unlink()
     run(compose_run(folder, *TASK, *VARIANT, "seed=1", "ckpt_path=auto"))
     assert results(folder)["metrics"] == pytest.approx(before["metrics"], rel=1e-5)
-    assert results(folder)["identity"] == VERSION
-    assert Run(folder).config_hash == plan()[0].name
+    assert results(folder)["identity"] == IDENTITY
+    assert hash_of_run(Run(folder)) == plan()[0].name
 
 
 # ---- refactoring -----------------------------------------------------------------------------------------------------
@@ -241,7 +243,8 @@ import json, sys
 from pathlib import Path
 import torch
 from src.checkpoints import load_model
-from src.reporting.runs import Run
+from src.config.records import has_finished
+from src.runs.runs import Run
 from src.sweeps.former import recognised
 from src.sweeps.jobs import is_finished
 from src.sweeps.plan import Sweep
@@ -257,7 +260,7 @@ print(json.dumps({
     "hash": job.name,
     "former": job.former,
     "finished": is_finished(job, jobs),
-    "named": Run(folder).is_finished(job.name),
+    "named": has_finished(Run(folder), job.name),
 }))
 """
 
@@ -281,7 +284,7 @@ def test_a_class_can_be_renamed_and_moved(former_jobs, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["hash"] == plan()[0].name == Run(folder).config_hash
+    assert told["hash"] == plan()[0].name == hash_of_run(Run(folder))
     assert (told["former"], told["finished"], told["named"]) == (FORMER, True, True)
     for path, logits in zip((folder, former_jobs / FORMER), told["logits"], strict=True):
         assert load_model(path)(torch.arange(8)[None])[0, -1].tolist() == logits

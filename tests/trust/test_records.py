@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import src.files
+import src.support.files
 from src.callbacks.guard import Guard
+from src.cli.entry import _Output, at_home
 from src.config import ConfigError
-from src.entry import _Output, at_home
-from src.overrides import first_misspelt_key, unreadable_override
-from src.reporting.csv_log import CSVLog
-from src.reporting.registry import Recorded
+from src.config.mistakes import first_misspelt_key, unreadable_override
+from src.runs.csv_log import CSVLog
+from src.runs.registry import Recorded
 from src.train import train
 from tests.runs import ROOT, TINY, curve, main, results, tiny_run
 
@@ -57,7 +57,7 @@ def test_a_kill_while_metrics_are_rewritten_costs_no_row(tmp_path, monkeypatch, 
 
     for place in ("replace", "fsync"):
         with monkeypatch.context() as patch:
-            patch.setattr(src.files.os if place == "fsync" else src.files.Path, place, dies)
+            patch.setattr(src.support.files.os if place == "fsync" else src.support.files.Path, place, dies)
             with pytest.raises(Killed):
                 log.experiment.log_metrics(metrics, 49)
         assert len(written(tmp_path)) == 50
@@ -143,15 +143,15 @@ def test_a_record_that_cannot_be_written_at_the_end_ends_nothing(tmp_path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Recorded(tmp_path, "0" * 12):
-        monkeypatch.setattr("src.reporting.registry.write_json", no_room)
+        monkeypatch.setattr("src.runs.registry.write_json", no_room)
     assert "run.json" in caplog.text
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_what_fails_leaves_no_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(src.files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(src.support.files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
-        src.files.write_text(tmp_path / "a.json", "content")
+        src.support.files.write_text(tmp_path / "a.json", "content")
     assert not list(tmp_path.iterdir())
 
 
@@ -287,7 +287,7 @@ def test_a_resumed_run_says_from_where(tmp_path, caplog):
 
 def test_a_resumed_run_says_when_other_code_wrote_its_checkpoint(tmp_path, caplog, monkeypatch):
     here = {"commit": "b3059359c0", "dirty": True, "diff_sha256": "9f8e7d6c"}
-    monkeypatch.setattr("src.reporting.registry.git_state", lambda: here)
+    monkeypatch.setattr("src.runs.registry.git_state", lambda: here)
     tiny_run(tmp_path, "callbacks.checkpoint.every_n_train_steps=3")
     (tmp_path / "checkpoints" / "final.ckpt").unlink()
     (tmp_path / "results.json").unlink()

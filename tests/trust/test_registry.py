@@ -30,13 +30,13 @@ def attacks(hit: Path) -> dict[str, dict]:
     command = f"touch {hit}"
     partial = {"_target_": "src.components.mixers.attention.Attention", "_partial_": True, "num_heads": 2}
     return {
-        "git alias": {"_target_": "src.reporting.git._git", "_args_": ["-c", f"alias.x=!{command}", "x"]},
-        "a function": {"_target_": "src.files.write_text", "path": str(hit), "text": "x"},
-        "a re-import": {"_target_": "src.files.Path", "_args_": [str(hit)]},
+        "git alias": {"_target_": "src.runs.git._git", "_args_": ["-c", f"alias.x=!{command}", "x"]},
+        "a function": {"_target_": "src.support.files.write_text", "path": str(hit), "text": "x"},
+        "a re-import": {"_target_": "src.support.files.Path", "_args_": [str(hit)]},
         "a private function": {"_target_": "src.checkpoints.io._remove_files", "path": str(hit)},
         "a loader": {"_target_": "lightning.fabric.utilities.cloud_io._load", "path_or_url": str(hit)},
         "the shell": {"_target_": "os.system", "command": command},
-        "the shell, re-imported": {"_target_": "src.files.os.system", "command": command},
+        "the shell, re-imported": {"_target_": "src.support.files.os.system", "command": command},
         "builtins": {"_target_": "builtins.exec", "_args_": [f"open({str(hit)!r}, 'w')"]},
         "a launcher": {"_target_": "src.sweeps.local.Local"},
         "a callback": {"_target_": "src.callbacks.guard.Guard", "folder": str(hit)},
@@ -99,7 +99,7 @@ def test_strings_of_a_checkpoint_are_not_looked_into(trained, tmp_path, monkeypa
 def test_an_experiment_runs_nothing_either(tmp_path, monkeypatch, capsys):
     """Not even in a sweep that is only planned."""
     hit = tmp_path / "hit"
-    node = f"{{_target_: src.reporting.git._git, _args_: [-c, 'alias.x=!touch {hit}', x]}}"
+    node = f"{{_target_: src.runs.git._git, _args_: [-c, 'alias.x=!touch {hit}', x]}}"
     with pytest.raises(ConfigError, match="loss.z_loss._target_"):
         tiny_run(tmp_path, f"loss.z_loss={node}")
     base = f'overrides=["loss.z_loss={node}"]'.replace("'", "\\'")
@@ -113,10 +113,10 @@ def test_a_section_knows_classes_and_its_own_only(section):
     """Of every public thing in every module that a family may name, only classes of the family's base are built."""
     found = SECTIONS[section]
     for target in (
-        "src.files.write_text",
-        "src.config.errors.ConfigError",
+        "src.support.files.write_text",
+        "src.support.errors.ConfigError",
         "pathlib.Path",
-        "src.reporting.git.git_state",
+        "src.runs.git.git_state",
     ):
         with pytest.raises(ConfigError, match="may not be built here"):
             class_of(target, section, found)
@@ -136,7 +136,7 @@ def test_a_section_knows_classes_and_its_own_only(section):
     ("section", "node", "said"),
     [
         ("model", 3, "a mapping with _target_"),
-        ("model", {"_target_": 3}, "dotted name"),
+        ("model", {"_target_": 3}, "dotted path"),
         ("model", {"_target_": "src.components.mixers.gla.GLA"}, "where a Backbone belongs"),
         ("optimizer", {"_target_": "src.modules.optimizers.AdamW", "lr": 1e-3}, "_partial_: must be true"),
         ("loss", {"_target_": "src.modules.losses.NextTokenLoss", "z_loss": {"_target_": "os.system"}}, "os.system"),

@@ -15,7 +15,7 @@ from src.checkpoints import read_checkpoint
 from src.checkpoints.resume import recut
 from src.config import ConfigError
 from src.modules.language_model import LanguageModel
-from src.reporting.runs import Run
+from src.runs.runs import Run
 from tests.runs import TINY, command, tiny_run
 
 EVERY = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.save_top_k=-1"]

@@ -26,7 +26,7 @@ from src.datamodules.corpora.integrity import (
 )
 from src.datamodules.corpora.splits import SPLITS
 from src.datamodules.corpora.tokenizer import Tokenizer
-from src.datamodules.permutation import permute_array
+from src.support.permutation import permute_array
 
 EVALUATED = ("val", "test")
 """The splits on which anything is measured per byte."""

@@ -47,7 +47,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from src.datamodules.permutation import permute_array
 from src.datamodules.tasks.base import Examples, Score, Split, Task, Windows, check_split
 from src.datamodules.tasks.capo_people import (
     CITIES,
@@ -72,6 +71,7 @@ from src.datamodules.tasks.capo_people import (
 )
 from src.datamodules.tasks.capo_writing import BOS, biographies, find_kinds, lengths, tables, vocabulary
 from src.datamodules.tasks.rng import below, seed_stream, shuffle, stream_key
+from src.support.permutation import permute_array
 
 N0 = NUM_NAMES
 S0 = 2 * NUM_BIRTHDAYS * CITIES * UNIVERSITIES * FIELDS * EMPLOYERS

@@ -22,8 +22,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from src.datamodules.permutation import permute_array
 from src.datamodules.tasks.rng import below, seed_stream, stream_key
+from src.support.permutation import permute_array
 
 FACTS = ("birthday", "birth_city", "university", "field", "employer_city", "employer")
 NAME = 1  # the kind of a token of the full name; fact number f (from 0) has kind FIRST_FACT + f, all else 0

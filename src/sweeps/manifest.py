@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from src.files import write_text
-from src.reporting.foreign import Unreadable, read_json, shaped
-from src.reporting.schema import MANIFEST
+from src.runs.foreign import Unreadable, read_json, shaped
+from src.runs.schema import MANIFEST
+from src.support.files import write_text
 
 if TYPE_CHECKING:
     from src.sweeps.plan import Job, Sweep

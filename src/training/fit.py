@@ -25,9 +25,9 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from src.callbacks.heartbeat import RankLost, lost_rank
 from src.callbacks.preemption import Preempted, wait_for_files
 from src.config import RunError
-from src.config.errors import printable
 from src.datamodules.base import StreamDataModule
 from src.modules.language_model import LanguageModel, epoch_of, is_last, is_validated
+from src.support.errors import printable
 
 log = logging.getLogger(__name__)
 

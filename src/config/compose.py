@@ -9,9 +9,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from src.config import ConfigError, instantiate, to_plain
+from src.config.schema import instantiate, to_plain
+from src.support.errors import ConfigError
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 # `${repository:}` in YAML: the folder that holds configs/ and src/.
 OmegaConf.register_new_resolver("repository", lambda: str(CONFIG_DIR.parent), replace=True)

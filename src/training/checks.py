@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from src.build import check_measured, model_from_config, optimizer_without_kernels
 from src.config import ConfigError, check, check_complete, instantiate, suggest, to_plain
-from src.evaluation.evaluators import lower_is_better
+from src.config.building import model_from_config, optimizer_without_kernels
+from src.datamodules.task import TaskDataModule
+from src.evaluation.choice import evaluator_of
+from src.evaluation.evaluators import TextEvaluator, lower_is_better
 
 RECOMPUTE = ("none", "block", "selective")
 MOST_SEED = 2**32 - 1
@@ -116,3 +118,32 @@ def check_machine(plain: dict[str, Any]) -> None:
     accelerator = plain["trainer"].get("accelerator")
     if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
         raise ConfigError(f"trainer.accelerator={accelerator}: no CUDA device here. Use trainer=cpu")
+
+
+def check_measured(
+    key: str,
+    metric: str,
+    data: dict[str, Any],
+    splits: tuple[str, ...] = ("val/", "test/"),
+    where: str = "in this run",
+) -> None:
+    """Before anything is paid for: an evaluation on these data will give the metric.
+
+    Args:
+        key: of the configuration, that asks for it.
+        metric: such as test/accuracy.
+        data: that section of a plain configuration.
+        splits: which are evaluated.
+        where: for the message.
+
+    Raises:
+        ConfigError: it will not.
+    """
+    if "task" in data:
+        datamodule: TaskDataModule = instantiate(data, "data")
+        measures = evaluator_of(datamodule, "val").measures
+    else:
+        measures = TextEvaluator.measures  # building the data might mean to tokenise a corpus
+    known = [split + name for split in splits for name in measures]
+    if metric not in known:
+        raise ConfigError(f"{key}={metric}: not measured {where}; {suggest(metric, known)}")

@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from src.reporting.foreign import Unreadable, clean_text, read_bytes, read_json, read_yaml, shaped
-from src.reporting.schema import RECORD, RESULTS, SETTINGS, bounded
+from src.runs.foreign import Unreadable, clean_text, read_bytes, read_json, read_yaml, shaped
+from src.runs.schema import RECORD, RESULTS, SETTINGS, bounded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +76,11 @@ class Run:
         """config.yaml: the resolved configuration; read anew each time, because thousands of them would fill the memory."""
         return self._read("config.yaml", read_yaml)
 
+    @property
+    def composed(self) -> dict[str, Any]:
+        """The configuration as Hydra composed it, before anything was filled in; empty for a run without a command line."""
+        return self._read(".hydra/config.yaml", read_yaml)
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What tables show of config.yaml, each of its kind."""
@@ -94,35 +99,6 @@ class Run:
         if status == RUNNING and self.record.get("host") == socket.gethostname() and not _alive(self.record.get("pid")):
             return LOST
         return FINISHED if status == FINISHED and self.results else LOST if status == FINISHED else status
-
-    @cached_property
-    def config_hash(self) -> str | None:
-        """What names the computation whose results lie here; None without results.
-
-        Before version 0.2.0 it was another kind of hash, and is taken anew of ``config.yaml``.
-        """
-        from src.config.identity import VERSION, experiment_hash  # with PyTorch, which a report does without
-
-        recorded = self.results.get("config_hash")
-        if recorded is None or self.results.get("identity") == VERSION:
-            return recorded
-        config = self.config
-        if self.results.get("identity") is not None or recorded != self.record.get("config_hash") or not config:
-            return recorded  # of a later version; or the configuration is no longer that of the results
-        composed = self._read(".hydra/config.yaml", read_yaml).get("model")
-        model = config.get("model")
-        if isinstance(model, dict) and isinstance(composed, dict) and composed.get("vocab_size") is None:
-            model["vocab_size"] = None  # the data filled it in
-        try:
-            return experiment_hash(config)
-        except (TypeError, ValueError, AttributeError, RecursionError):  # a stranger's, or damaged
-            return recorded
-
-    def is_finished(self, config_hash: str) -> bool:
-        """Whether a run of exactly this configuration has ended well here."""
-        if self.status != FINISHED:
-            return False
-        return config_hash == self.results.get("config_hash") or config_hash == self.config_hash
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -19,14 +19,14 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from src.build import compose_config
-from src.checks import checked
 from src.config import ConfigError
-from src.overrides import as_override, quoted
+from src.config.compose import compose_config
+from src.config.quoting import as_override, quoted
 from src.reporting.comparison import Variant, draw, print_table
-from src.reporting.git import code_of, remarks_on_code
-from src.reporting.registry import Run
-from src.run import run
+from src.runs.git import code_of, remarks_on_code
+from src.runs.registry import Run
+from src.training.checks import checked
+from src.training.run import run
 
 log = logging.getLogger(__name__)
 

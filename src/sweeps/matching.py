@@ -7,7 +7,7 @@ hundred times as much. A comparison is fair under a budget that it names:
     flops        Backbone.flops_per_token(seq_len): what a forward pass costs
     state        Backbone.state_size(seq_len): what is remembered of seq_len tokens
 
->>> from src.matching import match_model
+>>> from src.sweeps.matching import match_model
 >>> match_model(["model=gla5", "size=8L512D"], budget="parameters", target=["model=llama", "size=8L512D"]).overrides
 ['size.dim=528', 'size.attention.hidden_dim=1584', 'size.linear.hidden_dim=1056', 'size.gdn.head_dim=99']
 
@@ -35,9 +35,10 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from src.build import build_model, compose_config, model_from_config
 from src.components.backbone import Backbone
 from src.config import ConfigError, suggest, to_plain
+from src.config.building import build_model, model_from_config
+from src.config.compose import compose_config
 
 BUDGETS = ("parameters", "flops", "state")
 CHANGES = ("width", "depth")

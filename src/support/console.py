@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from src.config.errors import printable
+from src.support.errors import printable
 
 EVERY = 5.0  # seconds between two lines where there is no terminal
 
@@ -74,3 +74,11 @@ class Telling:
             self.status.update(Text(words))  # of a string it would read markup, whatever the console does
         else:
             self.console.print(f"{words} ...", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Such as 42 s, 12 min, 3.5 h, 2.1 days."""
+    for limit, unit, name in ((100, 1, "s"), (100 * 60, 60, "min"), (72 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}" if name != "h" else f"{seconds / unit:.1f} h"
+    return f"{seconds / 86_400:.1f} days"

@@ -19,7 +19,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from src import __version__
-from src.build import model_from_config
 from src.callbacks.guard import Guard, RollBack
 from src.callbacks.preemption import Preemption, at_once
 from src.callbacks.throughput import Throughput
@@ -33,22 +32,25 @@ from src.checkpoints.resume import (
     is_over,
     is_scored_otherwise,
 )
-from src.checks import check_machine, checked
 from src.components.backbone import Backbone
 from src.components.canon import Canon
 from src.components.kernels.registry import forget_backends, used_backends
 from src.config import ConfigError, experiment_hash, instantiate
-from src.config.errors import printable
-from src.config.identity import VERSION, changed_data
+from src.config.building import model_from_config
+from src.config.identity import changed_data
+from src.config.records import has_finished
 from src.config.schema import TARGET
 from src.datamodules.base import StreamDataModule
 from src.datamodules.stream import Share
 from src.evaluation.statistics import intervals
-from src.files import Lock, put_aside, remove_parts, strange_in, write_text
-from src.fit import PLANNED, fit, log_at_step
 from src.modules.language_model import LanguageModel
 from src.modules.parallel import may_be_deferred
-from src.reporting.registry import Recorded, Run, peak_memory_bytes, write_json
+from src.runs.registry import Recorded, Run, peak_memory_bytes, write_json
+from src.runs.schema import IDENTITY
+from src.support.errors import printable
+from src.support.files import Lock, put_aside, remove_parts, strange_in, write_text
+from src.training.checks import check_machine, checked
+from src.training.fit import PLANNED, fit, log_at_step
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ def finished_before(plain: dict[str, Any], identity: str, output_dir: Path) -> d
         ConfigError: it has, on data that have changed since.
     """
     earlier = Run(output_dir)
-    if not earlier.is_finished(identity):
+    if not has_finished(earlier, identity):
         return None
     datamodule: StreamDataModule = instantiate(plain["data"], "data")
     if changed := changed_data(earlier.results.get("data"), datamodule.expected_fingerprint()):
@@ -400,7 +402,7 @@ def record(
     result = {
         "name": name,
         "config_hash": identity,
-        "identity": VERSION,
+        "identity": IDENTITY,
         "version": __version__,
         "data": datamodule.fingerprint(),
         "parameters": net.count_parameters(),

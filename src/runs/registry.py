@@ -8,7 +8,7 @@
 
 ``Recorded`` writes run.json while a run lives; ``find_runs`` and ``runs_table`` (``runs.py``) read all of it back:
 
->>> from src.reporting.registry import find_runs, runs_table
+>>> from src.runs.registry import find_runs, runs_table
 >>> table = runs_table(find_runs("logs"))  # pandas, one row a run
 """
 
@@ -30,12 +30,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from src import __version__
-from src.config import ConfigError
-from src.config.identity import VERSION
-from src.files import write_text
-from src.reporting.foreign import Unreadable
-from src.reporting.git import code_words, git_state
-from src.reporting.runs import (
+from src.runs.foreign import Unreadable
+from src.runs.git import code_words, git_state
+from src.runs.runs import (
     COSTS,
     FAILED,
     FINISHED,
@@ -47,6 +44,9 @@ from src.reporting.runs import (
     read_record,
     runs_table,
 )
+from src.runs.schema import IDENTITY
+from src.support.errors import ConfigError
+from src.support.files import write_text
 
 __all__ = [
     "COSTS",
@@ -80,7 +80,7 @@ class Recorded:
         self.attempt: dict[str, Any] = {
             "status": RUNNING,
             "config_hash": config_hash,
-            "identity": VERSION,
+            "identity": IDENTITY,
             "version": __version__,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "resumed_from": resumed_from,

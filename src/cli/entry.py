@@ -19,11 +19,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from src.compose import CONFIG_DIR, compose_config
 from src.config import ConfigError, RunError
-from src.config.errors import printable
-from src.files import leads_out, strange_in
-from src.overrides import first_misspelt_key, unreadable_override
+from src.config.compose import CONFIG_DIR, compose_config
+from src.config.mistakes import first_misspelt_key, unreadable_override
+from src.support.errors import printable
+from src.support.files import leads_out, strange_in
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from src.files import put_aside, written_whole
+from src.support.files import put_aside, written_whole
 
 # Of what an earlier attempt has left, which is held in memory: a row as a dictionary takes some ten times its bytes.
 MOST_BYTES, MOST_COLUMNS = 2**28, 4096

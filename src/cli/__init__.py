@@ -1,0 +1,1 @@
+"""What command lines share: composing, explaining mistakes, exit statuses, and comparing variants."""

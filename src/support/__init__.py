@@ -1,0 +1,1 @@
+"""What knows nobody: files, locks, signals, errors, the console."""

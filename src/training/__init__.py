@@ -1,0 +1,1 @@
+"""The story of a run: check, assemble, fit, test, write down."""
