@@ -66,7 +66,7 @@ def test_another_search_does_not_answer_with_the_trials_of_the_first(tmp_path: P
     first = search()
     first.study(tmp_path).add_trial(optuna.trial.create_trial(value=1.0))
     assert len(search(trials=9, sampler="random").study(tmp_path).trials) == 1
-    others: list[dict] = [{"base": [*first.base, "size.dim=32"]}, {"overrides": ["trainer.max_steps=2"]}]
+    others: list[dict] = [{"base": [*first.base, "model.dim=32"]}, {"overrides": ["trainer.max_steps=2"]}]
     others += [{"metric": "val/accuracy"}, {"space": {"optimizer.lr": {"low": 1e-5, "high": 1e-2}}}]
     for changes in others:
         assert not search(**changes).study(tmp_path).trials, changes
