@@ -31,21 +31,14 @@ def _damaged_file(path: Path) -> str | None:
     written = path.with_name(path.name + CHECKSUM)
     if not path.is_file():
         return "it does not exist"
-    if written.is_file():
-        try:  # which is at the end of it: a file with a hole may be of any length
-            with path.open("rb") as file:
-                refuse_compressed(file)
-        except Exception as error:
-            return f"its {path.stat().st_size:,} bytes are cut off, changed or no checkpoint at all ({error})"
-        if _start_of(written).split()[:1] == [sha256(path)]:
-            return None
-        return f"its {path.stat().st_size:,} bytes are not those that were written (SHA-256)"
     try:
         with path.open("rb") as file:
-            refuse_compressed(file)
-            broken = zipfile.ZipFile(file).testzip()
+            refuse_compressed(file)  # first: a file with a hole may be of any length, and has no directory at its end
+            broken = None if written.is_file() else zipfile.ZipFile(file).testzip()
     except Exception as error:  # a changed bit of the directory may mean anything: another compression, a password, a name in no alphabet
         return f"its {path.stat().st_size:,} bytes are cut off, changed or no checkpoint at all ({error})"
+    if written.is_file() and _start_of(written).split()[:1] != [sha256(path)]:
+        return f"its {path.stat().st_size:,} bytes are not those that were written (SHA-256)"
     return None if broken is None else f"its part {broken} has changed (CRC-32)"
 
 

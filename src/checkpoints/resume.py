@@ -297,13 +297,16 @@ def forget_files_elsewhere(checkpoint: dict[str, Any], callbacks: list[Any]) -> 
             continue
         if type(callback).load_state_dict is not ModelCheckpoint.load_state_dict:
             continue  # ours, which knows that a folder may have moved
-        own = os.path.realpath(str(callback.dirpath))
+        own = Path(str(callback.dirpath)).resolve()
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            if key in state and os.path.dirname(os.path.realpath(str(state[key]))) != own:
+            if key in state and not _lies_in(state[key], own):
                 state[key] = ""
         if isinstance(state.get("best_k_models"), dict):
-            kept = state["best_k_models"].items()
-            state["best_k_models"] = {k: v for k, v in kept if os.path.dirname(os.path.realpath(str(k))) == own}
+            state["best_k_models"] = {k: v for k, v in state["best_k_models"].items() if _lies_in(k, own)}
+
+
+def _lies_in(path: Any, folder: Path) -> bool:
+    return os.path.dirname(os.path.realpath(str(path))) == str(folder)
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
